@@ -1,0 +1,45 @@
+"""The lowerings of the canonical ops, one provider a file, and the one table that says which is preferred where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from qfuse import config
+from qfuse.lowerings.aten import Aten
+from qfuse.lowerings.onednn import OneDNN
+from qfuse.problem import Problem
+from qfuse.provider import Provider
+from qfuse.reasons import Decline
+
+#: For each device, the providers of `qfuse::int8_linear`, the best first.
+INT8_LINEAR: dict[str, tuple[Provider, ...]] = {
+    "cpu": (OneDNN(), Aten()),
+    "cuda": (Aten(),),
+}
+
+
+def choose(problem: Problem) -> Provider | Decline:
+    """Return the first provider that supports `problem`, or why none does."""
+    refusals = []
+    for provider in INT8_LINEAR.get(problem.device.type, ()):
+        reason = _refusal(provider, problem)
+        if reason is None:
+            return provider
+        refusals.append(f"{provider.name}: {reason}")
+    return Decline("no lowering: " + ("; ".join(refusals) or f"none for device {problem.device.type}"))
+
+
+def _refusal(provider: Provider, problem: Problem) -> str | None:
+    if provider.name in config.disabled_lowerings:
+        return "disabled by qfuse.config.disabled_lowerings"
+    return provider.supports(problem)
+
+
+def by_name(name: str) -> Provider:
+    """Return the provider called `name`."""
+    return next(p for p in _all() if p.name == name)
+
+
+def _all() -> Iterator[Provider]:
+    for providers in INT8_LINEAR.values():
+        yield from providers

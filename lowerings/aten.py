@@ -1,0 +1,46 @@
+"""`aten._int_mm` and an Inductor epilogue: the reference, for every device and instruction set."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch._inductor.lowering import lowerings, to_dtype
+
+from qfuse.inductor import statically_known_true
+from qfuse.isa import ACTIVATION_DTYPE
+from qfuse.problem import Problem
+
+aten = torch.ops.aten
+
+
+class Aten:
+    """See the module's docstring."""
+
+    name: ClassVar[str] = "aten"
+
+    def supports(self, problem: Problem) -> str | None:
+        """See `Provider.supports`."""
+        if problem.device.type == "cuda":
+            if not statically_known_true(problem.m > 16):
+                return f"aten._int_mm needs M > 16 on CUDA, and M = {problem.m}"
+            if problem.k % 8 or problem.n % 8:
+                return f"aten._int_mm needs K and N divisible by 8 on CUDA, and they are {problem.k} and {problem.n}"
+            if problem.x_dtype is not torch.int8:
+                return "aten._int_mm needs an int8 activation on CUDA"
+        elif not problem.weight_is_constant:
+            return "the weight is not a constant: nothing would be gained over the graph as it is"
+        return None
+
+    def activation_dtype(self, problem: Problem) -> torch.dtype:
+        """See `Provider.activation_dtype`."""
+        return ACTIVATION_DTYPE.get(problem.isa, problem.x_dtype)
+
+    def matmul(self, x: Any, weight: Any, column_sums: Any, w_scale: Any, x_zero_point: int) -> Any:
+        """See `Provider.matmul`."""
+        weight_t = lowerings[aten.permute.default](weight, [1, 0])
+        accumulator = lowerings[aten._int_mm.default](x, weight_t)
+        if x_zero_point:
+            correction = lowerings[aten.mul.Tensor](column_sums, x_zero_point)
+            accumulator = lowerings[aten.sub.Tensor](accumulator, correction)
+        return lowerings[aten.mul.Tensor](to_dtype(accumulator, torch.float32), w_scale)

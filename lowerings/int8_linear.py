@@ -1,0 +1,46 @@
+"""The Inductor lowering of `qfuse::int8_linear`: a provider's matmul and, behind it, what no provider needs to know."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch._inductor import ir
+from torch._inductor.lowering import fallback_handler, lowerings, register_lowering, to_dtype
+
+from qfuse.lowerings import by_name
+
+aten = torch.ops.aten
+log = logging.getLogger("qfuse.lowerings")
+
+
+@register_lowering(torch.ops.qfuse.pack_column_sums.default, type_promotion_kind=None)
+def pack_column_sums(weight: Any) -> ir.TensorBox:
+    """Lower `qfuse::pack_column_sums` where freezing has not folded it."""
+    return lowerings[aten.sum.dim_IntList](weight, [1], dtype=torch.int32)
+
+
+@register_lowering(torch.ops.qfuse.int8_linear.default, type_promotion_kind=None)
+def int8_linear(
+    x: Any,
+    weight: Any,
+    column_sums: Any,
+    x_scale: Any,
+    w_scale: Any,
+    bias: Any | None,
+    x_zero_point: int,
+    out_dtype: torch.dtype,
+    lowering: str,
+) -> ir.TensorBox:
+    """Lower `qfuse::int8_linear` by the provider chosen when the graph was matched, or else by the reference op."""
+    try:
+        y = by_name(lowering).matmul(x, weight, column_sums, w_scale, x_zero_point)
+        y = lowerings[aten.mul.Tensor](y, lowerings[aten.view.default](x_scale, [-1, 1]))
+        if bias is not None:
+            y = lowerings[aten.add.Tensor](y, to_dtype(bias, torch.float32))
+        return to_dtype(y, out_dtype)
+    except Exception:
+        log.warning("lowering %s failed; running the reference, which is slow. Please report this.", lowering, exc_info=True)
+        reference = fallback_handler(torch.ops.qfuse.int8_linear.default, add_to_fallback_set=False)
+        return reference(x, weight, column_sums, x_scale, w_scale, bias, x_zero_point, out_dtype, lowering)

@@ -1,0 +1,72 @@
+"""oneDNN's int8 matmul, `onednn.qlinear_pointwise`, with a prepacked weight.
+
+oneDNN applies the weight's scale and the zero point; it cannot apply a scale a row, so the rest is an Inductor epilogue.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch._inductor import ir
+from torch._inductor.select_algorithm import ExternKernelChoice
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from qfuse.lowerings.aten import Aten
+from qfuse.isa import ACTIVATION_DTYPE, Isa
+from qfuse.problem import Problem
+
+#: weight → oneDNN's blocked copy of it, and zero points of the weight (there are none). A blocked tensor cannot be pickled, so it can be no constant of a graph that
+#: Inductor caches; it is made at the first call instead, and lives as long as the weight.
+_packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def onednn_int8_matmul(x: torch.Tensor, weight: torch.Tensor, w_scale: torch.Tensor, x_zero_point: int) -> torch.Tensor:
+    """Compute (x − x_zero_point) @ weight.T · w_scale.
+
+    x: [M, K] uint8 or int8. weight: [N, K] int8, a constant. w_scale: [N] or [1] float32. Returns [M, N] float32.
+    """
+    if (packed := _packed.get(weight)) is None:
+        packed = _packed[weight] = (
+            torch.ops.onednn.qlinear_prepack(weight, None),
+            torch.zeros(w_scale.shape, dtype=torch.int32),
+        )
+    blocked, zero_points = packed
+    return torch.ops.onednn.qlinear_pointwise.default(
+        x, 1.0, x_zero_point, blocked, w_scale, zero_points, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+
+
+_kernel = ExternKernelChoice(onednn_int8_matmul, name="qfuse_onednn_int8_matmul", has_out_variant=False)
+
+
+class OneDNN:
+    """See the module's docstring."""
+
+    name: ClassVar[str] = "onednn"
+
+    def supports(self, problem: Problem) -> str | None:
+        """See `Provider.supports`."""
+        if problem.isa not in ACTIVATION_DTYPE:
+            return "the CPU has neither VNNI nor AMX: oneDNN would run a reference loop"
+        if not torch.backends.mkldnn.is_available():
+            return "torch is built without oneDNN"
+        if not problem.weight_is_constant:
+            return "the weight is not a constant that can be packed"
+        if not problem.called_from_python:
+            return "its packed weights cannot be called from C++ (cpp_wrapper, AOTInductor)"
+        return None
+
+    def activation_dtype(self, problem: Problem) -> torch.dtype:
+        """See `Provider.activation_dtype`."""
+        return ACTIVATION_DTYPE[problem.isa]
+
+    def matmul(self, x: Any, weight: Any, column_sums: Any, w_scale: Any, x_zero_point: int) -> Any:
+        """See `Provider.matmul`."""
+        if not isinstance(ir.InputsKernel.unwrap_storage_for_input(weight), ir.ConstantBuffer):
+            # Packed once, it would go stale if it changed. Freezing has left alone what it was expected to freeze.
+            return Aten().matmul(x, weight, column_sums, w_scale, x_zero_point)
+        x, weight, w_scale = (ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(t)) for t in (x, weight, w_scale))
+        size = [x.get_size()[0], weight.get_size()[0]]
+        layout = ir.FixedLayout(x.get_device(), torch.float32, size)
+        return _kernel.bind([x, weight, w_scale], layout, x_zero_point=x_zero_point).output_node()

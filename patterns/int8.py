@@ -1,0 +1,63 @@
+"""int8 activation times int8 weight, with an integer matmul in the graph: torchao, SDNQ and their relatives."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from qfuse.constants import Constants
+from qfuse.family import Anchor, Family, Pattern
+from qfuse.inductor import fake_value
+from qfuse.normal_form import Axis, QLinear
+from qfuse.reasons import Decline
+from qfuse.steps import ALGEBRA
+
+#: The largest K for which no sum of K products of a uint8 and an int8 leaves int32: 2^31 // (255 · 128).
+MAX_K = 65793
+
+
+class IntMM(Anchor):
+    """`aten._int_mm`: int8 or uint8 [M, K] times int8 [K, N]."""
+
+    targets = (torch.ops.aten._int_mm.default,)
+
+    def start(self, node: Node, constants: Constants) -> QLinear | Decline:
+        """See `Anchor.start`."""
+        x, weight_t = node.args
+        if not isinstance(x, Node) or not isinstance(weight_t, Node):
+            return Decline("an operand is no tensor of the graph", node)
+        k, n = fake_value(weight_t).shape
+        x_dtype, w_dtype = fake_value(x).dtype, fake_value(weight_t).dtype
+        if x_dtype not in (torch.int8, torch.uint8) or w_dtype is not torch.int8:
+            return Decline(f"multiplies {x_dtype} by {w_dtype}, not (u)int8 by int8", node)
+        if not isinstance(k, int) or not isinstance(n, int):
+            return Decline(f"the weight's shape is not static: {(k, n)}", node, "mark only the batch as dynamic")
+        if k == 0 or n == 0:
+            return Decline(f"the weight is empty: {(k, n)}", node)
+        if k > MAX_K:
+            return Decline(f"K = {k}: the int32 accumulator could overflow, and then no order of sums is the graph's", node)
+        return QLinear(anchor=node, value=node, x=x, weight_t=weight_t)
+
+
+def _per_token(form: QLinear, constants: Constants) -> bool:
+    return bool(form.factors(Axis.ROW))
+
+
+def _static(form: QLinear, constants: Constants) -> bool:
+    return all(not isinstance(f.operand, Node) or f.operand in constants for f in form.scales)
+
+
+def _dynamic_per_tensor(form: QLinear, constants: Constants) -> bool:
+    return bool(form.factors(Axis.SCALAR))
+
+
+FAMILY = Family(
+    name="int8",
+    anchors=(IntMM(),),
+    steps=ALGEBRA,
+    patterns=(
+        Pattern("int8.dynamic_per_token", "torchao dynamic activation (PerRow), SDNQ", _per_token),
+        Pattern("int8.static_per_tensor", "torchao static activation", _static),
+        Pattern("int8.dynamic_per_tensor", "torchao dynamic activation (PerTensor)", _dynamic_per_tensor),
+    ),
+)

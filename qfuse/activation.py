@@ -1,0 +1,24 @@
+"""Switching qfuse on and off for all of `torch.compile`."""
+
+from __future__ import annotations
+
+from qfuse import config
+from qfuse.fusion_pass import FUSION_PASS
+from qfuse.inductor import freezing_by_default, install_pass, remove_pass
+
+
+def enable() -> None:
+    """Fuse in everything that is compiled from now on, in all threads; `import qfuse` does this.
+
+    Appends qfuse's pass to Inductor's, and makes freezing Inductor's default, unless the user has decided on freezing by
+    `TORCHINDUCTOR_FREEZING` or `torch._inductor.config.freezing = ...`. Harmless when repeated. Does nothing with QFUSE=0.
+    """
+    if config.enabled:
+        install_pass(FUSION_PASS)
+        freezing_by_default(True)
+
+
+def disable() -> None:
+    """Undo `enable`: what is compiled from now on is not fused, and Inductor's own default of freezing holds again."""
+    remove_pass(FUSION_PASS)
+    freezing_by_default(False)

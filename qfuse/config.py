@@ -1,0 +1,25 @@
+"""Options of qfuse, as a torch config module.
+
+Set them like torch's own: `qfuse.config.disabled_patterns = ["int8.static_per_tensor"]`, or for a while with
+`with qfuse.config.patch(enabled=False): ...`. Values are per thread. All of them are part of the compile cache's key.
+A misspelt name raises `AttributeError`.
+"""
+
+import sys
+from typing import TYPE_CHECKING
+
+from torch.utils._config_module import Config, install_config_module
+
+# Fuse at all. The environment variable QFUSE=0 (or 1) has the last word.
+enabled: bool = Config(default=True, env_name_force="QFUSE")
+
+# Names of patterns that are not fused, e.g. ["int8.dynamic_per_token"]; `qfuse.stats()` shows the names.
+disabled_patterns: list[str] = []
+
+# Names of lowerings that are not chosen, e.g. ["onednn"].
+disabled_lowerings: list[str] = []
+
+if TYPE_CHECKING:
+    from torch.utils._config_typing import *  # noqa: F403
+
+install_config_module(sys.modules[__name__])

@@ -1,0 +1,57 @@
+"""What a family of patterns is: where matching starts, by which rules it goes on, and what its patterns are called."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.fx import Node
+
+from qfuse.constants import Constants
+from qfuse.normal_form import QLinear
+from qfuse.reasons import Decline
+from qfuse.steps import Step
+
+
+class Anchor(abc.ABC):
+    """An operator that every graph of a family contains: matching starts at its nodes."""
+
+    targets: ClassVar[tuple[torch._ops.OpOverload, ...]]
+
+    @abc.abstractmethod
+    def start(self, node: Node, constants: Constants) -> QLinear | Decline:
+        """Return the form of `node` itself, or say why it is no quantized matmul."""
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A named kind of quantized linear.
+
+    name: `family.variant`, as in logs, statistics and `qfuse.config.disabled_patterns`.
+    producers: who emits it, for people.
+    is_kind: whether a form is of this kind; a family's first pattern that says yes names the match.
+    """
+
+    name: str
+    producers: str
+    is_kind: Callable[[QLinear, Constants], bool]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Patterns that share their anchors and their algebra.
+
+    anchors, steps, patterns: in the order in which they are tried.
+    """
+
+    name: str
+    anchors: tuple[Anchor, ...]
+    steps: tuple[Step, ...]
+    patterns: tuple[Pattern, ...]
+
+    def name_of(self, form: QLinear, constants: Constants) -> str:
+        """Return the name of the first pattern that `form` is of the kind of."""
+        return next((p.name for p in self.patterns if p.is_kind(form, constants)), self.name)

@@ -1,0 +1,78 @@
+"""The fusion as a pass of Inductor: logged, traced, cacheable, and findable by torch's compiler bisector."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Graph
+from torch.fx.passes.graph_transform_observer import GraphTransformObserver
+
+from qfuse import config
+from qfuse.inductor import trace_json
+from qfuse.isa import cpu_isa
+from qfuse.records import publish
+from qfuse.report import Report
+
+log = logging.getLogger("qfuse")
+matches_log = torch._logging.getArtifactLogger("qfuse", "qfuse_matches")
+
+
+class FusionPass(CustomGraphPass):
+    """Runs `qfuse.fusion.fuse` on each joint graph."""
+
+    def __call__(self, graph: Graph) -> None:
+        """Fuse the quantized linears of `graph` in place."""
+        if not config.enabled:
+            return
+        import qfuse.lowerings.int8_linear  # noqa: F401  registers lowerings; heavy, and needless before something compiles
+        from qfuse.fusion import fuse
+
+        observer = GraphTransformObserver(graph.owning_module, "qfuse.fuse", subsystem="joint_graph_passes")
+        report: Report | None = observer.apply_graph_pass(fuse)
+        if report is not None and (report.matches or report.misses):
+            _tell(report)
+
+    def uuid(self) -> Any:
+        """Return what the compile cache's key needs: any change of qfuse's source, options or ISA is another compile.
+
+        Inductor asks for it also where a cached graph is loaded without this pass being run. That graph may call kernels
+        which `qfuse.lowerings` registers, so they are registered here as well.
+        """
+        import qfuse.lowerings.int8_linear  # noqa: F401
+
+        return f"qfuse-{source_hash()}-{config.get_hash().hex()}-{cpu_isa().value}"
+
+    def __deepcopy__(self, memo: object) -> FusionPass:
+        return self  # Inductor copies the lists of passes that it reads; this pass is known by its identity
+
+
+FUSION_PASS = FusionPass()
+
+
+@functools.cache
+def source_hash() -> str:
+    """Hash every file of the package: a lowering changed under the same key would return the stale kernel."""
+    import qfuse.lowerings
+    import qfuse.patterns
+
+    digest = hashlib.sha256()
+    for package in (qfuse, qfuse.patterns, qfuse.lowerings):
+        for file in sorted(Path(package.__path__[0]).rglob("*")):
+            if file.is_file() and "__pycache__" not in file.parts:
+                digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _tell(report: Report) -> None:
+    publish(list(report.matches), list(report.misses))
+    trace_json("qfuse_matches", report.to_json())
+    log.info("%s", report.summary())
+    for miss in report.misses:
+        log.info("not fused: %s %s: %s%s", miss.module or miss.anchor, miss.source, miss.reason, f" → {miss.hint}" * bool(miss.hint))
+    matches_log.debug("%s", report)

@@ -1,0 +1,172 @@
+"""Every private API of torch that qfuse reads or writes, outside of lowerings, in one place.
+
+`tests/test_inductor.py` notices when one of them changes its meaning.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch._inductor import config as inductor_config
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_custom_graph_passes
+from torch._logging import trace_structured
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._config_module import _UNSET_SENTINEL
+from torch.utils._python_dispatch import _disable_current_modes
+
+__all__ = [
+    "compile_like_inductor",
+    "copy_origin",
+    "emits_python",
+    "fake_value",
+    "freezing_by_default",
+    "frozen_inputs",
+    "install_pass",
+    "installed_passes",
+    "is_training_graph",
+    "real_tensors",
+    "remove_pass",
+    "statically_known_true",
+    "trace_json",
+]
+
+_PASS_SLOT = "joint_custom_post_pass"
+
+
+def installed_passes() -> tuple[Any, ...]:
+    """Return the passes that Inductor would run on the joint graph in this thread."""
+    return get_custom_graph_passes(getattr(inductor_config, _PASS_SLOT))
+
+
+def install_pass(graph_pass: CustomGraphPass) -> None:
+    """Append `graph_pass` to Inductor's joint-graph passes, for all threads, keeping what is there.
+
+    Inductor's configuration is per thread: a value that a user sets lives in a `ContextVar`, and a compile in another
+    thread sees the default. So the pass goes into the default, and also into this thread's value where there is one.
+    A tuple, because reading a default of any mutable type would deep-copy it.
+    """
+    entry = inductor_config._config[_PASS_SLOT]
+    default = get_custom_graph_passes(entry.default)
+    if graph_pass not in default:
+        entry.default = (*default, graph_pass)
+    current = installed_passes()
+    if graph_pass not in current:
+        setattr(inductor_config, _PASS_SLOT, (*current, graph_pass))
+
+
+def remove_pass(graph_pass: CustomGraphPass) -> None:
+    """Take back what `install_pass` did, keeping every other pass."""
+    entry = inductor_config._config[_PASS_SLOT]
+    entry.default = _without(entry.default, graph_pass)
+    current = getattr(inductor_config, _PASS_SLOT)
+    if graph_pass in get_custom_graph_passes(current):
+        setattr(inductor_config, _PASS_SLOT, _without(current, graph_pass))
+
+
+def _without(slot: Any, graph_pass: CustomGraphPass) -> Any:
+    return tuple(p for p in get_custom_graph_passes(slot) if p is not graph_pass) or None
+
+
+def freezing_by_default(on: bool) -> None:
+    """Make freezing Inductor's default in all threads; what the user has set himself still wins.
+
+    `TORCHINDUCTOR_FREEZING` in the environment is read by Inductor into the very default, so it is respected here.
+    """
+    if "TORCHINDUCTOR_FREEZING" in os.environ:
+        return
+    inductor_config._config["freezing"].default = on
+    # The dictionary of all options is cached with dirty flags, and a changed default is not seen by them.
+    inductor_config._mark_get_dict_dirty("freezing")
+    inductor_config._hash_dirty_var.set(True)
+
+
+def emits_python() -> bool:
+    """Tell whether the graph being compiled will be called from Python (not from C++: `cpp_wrapper`, AOTInductor)."""
+    from torch._inductor.virtualized import V
+
+    return not (inductor_config.cpp_wrapper or V.aot_compilation)
+
+
+def is_training_graph(graph: Graph) -> bool:
+    """Tell whether `graph` is a joint forward and backward graph, which has gradients among its inputs."""
+    return any(str(node.target).startswith("tangents_") for node in graph.find_nodes(op="placeholder"))
+
+
+def frozen_inputs(graph: Graph) -> dict[Node, torch.Tensor]:
+    """Return the inputs of `graph` that freezing will turn into constants, with their values.
+
+    Empty where Inductor does not freeze: freezing off, gradients enabled, or no model around the graph. The rule is that
+    of `torch._inductor.freezing.replace_params_with_constants`: parameters and buffers that the graph neither mutates nor
+    returns as an alias.
+    """
+    context = torch._guards.TracingContext.try_get()
+    if context is None or not inductor_config.freezing or torch.is_grad_enabled():
+        return {}
+    metadata, values = context.fw_metadata, context.params_flat_unwrap_subclasses
+    if metadata is None or values is None:
+        return {}
+    kept = {out.base_idx for out in metadata.output_info}
+    kept |= {i for i, info in enumerate(metadata.input_info) if info.mutation_type.name != "NOT_MUTATED"}
+    inputs = graph.find_nodes(op="placeholder")
+    return {node: value for i, (node, value) in enumerate(zip(inputs, values, strict=False)) if i not in kept}
+
+
+@contextmanager
+def real_tensors() -> Iterator[None]:
+    """Compute with real tensors inside a compile, where fake-tensor modes are active."""
+    with _disable_current_modes(), torch.no_grad():
+        yield
+
+
+def trace_json(name: str, payload: str) -> None:
+    """Add a JSON artifact to the structured trace (`TORCH_TRACE`, read by tlparse)."""
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "json"}, payload_fn=lambda: payload)
+
+
+def compile_like_inductor(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    graph_pass: CustomGraphPass | None,
+    mode: str | None,
+    options: dict[str, Any] | None,
+    inner_compile: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Do what `torch.compile(backend="inductor", mode=..., options=...)` does, with `graph_pass` and freezing on.
+
+    `inner_compile` takes the place of Inductor's code generation, which then does not run.
+    """
+    # The wrapper checks names and types of `options`, and knows the modes.
+    chosen = torch._TorchCompileInductorWrapper(mode, options, None).config
+    if graph_pass is not None:
+        before = get_custom_graph_passes(chosen.get(_PASS_SLOT, installed_passes()))
+        chosen[_PASS_SLOT] = before if graph_pass in before else (*before, graph_pass)
+        if "freezing" not in chosen and not _user_decided_freezing():
+            chosen["freezing"] = True
+    kwargs: dict[str, Any] = {} if inner_compile is None else {"inner_compile": inner_compile}
+    from torch._inductor.compile_fx import compile_fx  # heavy: only when something is compiled
+
+    return compile_fx(gm, example_inputs, config_patches=chosen, **kwargs)
+
+
+def _user_decided_freezing() -> bool:
+    override = inductor_config._config["freezing"].user_override.get()
+    return "TORCHINDUCTOR_FREEZING" in os.environ or override is not _UNSET_SENTINEL
+
+
+def fake_value(node: Node) -> Any:
+    """Return the fake tensor (shape, dtype, strides) that `node` computes."""
+    return node.meta["val"]
+
+
+def copy_origin(source: Node, targets: Sequence[Node]) -> None:
+    """Give `targets` the source location and module of `source`, so that profiles and logs name the user's code."""
+    for target in targets:
+        for key in ("stack_trace", "nn_module_stack", "original_aten", "source_fn_stack", "seq_nr"):
+            if key in source.meta:
+                target.meta[key] = source.meta[key]

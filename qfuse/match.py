@@ -1,0 +1,54 @@
+"""The walk: from an anchor down its users, as far as the algebra goes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from qfuse.constants import Constants
+from qfuse.family import Anchor, Family
+from qfuse.normal_form import QLinear
+from qfuse.reasons import Decline
+from qfuse.steps import steps_by_target
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Where a walk ended.
+
+    form: the furthest complete quantized linear, or None.
+    reached: the furthest form, complete or not.
+    stop: why the walk did not go on from there.
+    """
+
+    form: QLinear | None
+    reached: QLinear | None
+    stop: Decline
+
+
+def walk(family: Family, anchor: Anchor, node: Node, constants: Constants) -> Walk:
+    """Follow the users of `node` while there is one and a step of `family` knows it.
+
+    A value with several users ends the walk: the users need it as it is. What is complete by then is fused all the same.
+    """
+    steps = steps_by_target(family.steps)
+    form = anchor.start(node, constants)
+    if isinstance(form, Decline):
+        return Walk(None, None, form)
+    complete: QLinear | None = None
+    while True:
+        if form.is_complete:
+            complete = form
+        users = list(form.value.users)
+        if len(users) != 1:
+            return Walk(complete, form, Decline(f"used by {len(users)} nodes: {users}", form.value))
+        (user,) = users
+        step = steps.get(user.target)  # type: ignore[arg-type]
+        if step is None:
+            what = "the graph's output" if user.op == "output" else str(user.target)
+            return Walk(complete, form, Decline(f"used by {what}, which is no part of a quantized linear", user))
+        following = step.apply(form, user, constants)
+        if isinstance(following, Decline):
+            return Walk(complete, form, following)
+        form = following

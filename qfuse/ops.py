@@ -1,0 +1,68 @@
+"""The canonical ops. Their eager implementations are the reference semantics: slow, and beyond doubt.
+
+`qfuse::pack_column_sums(weight) -> sums`
+    Σk weight[n, k]: int8 [N, K] → int32 [N]. An op on the weight alone: freezing runs it once, at compile time.
+
+`qfuse::int8_linear(x, weight, column_sums, x_scale, w_scale, bias, x_zero_point, out_dtype, lowering) -> y`
+    y[m, n] = (Σk (x[m, k] − x_zero_point) · weight[n, k]) · x_scale[m] · w_scale[n] + bias[n], in float32 after the exact
+    integer sum, rounded once to `out_dtype`.
+
+    x: [M, K] int8 or uint8. weight: [N, K] int8. column_sums: [N] int32, as above.
+    x_scale: [M] or [1] float32. w_scale: [N] or [1] float32. bias: [N] or [1], any float dtype, or None.
+    lowering: the name of the lowering that was chosen when the graph was matched.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("qfuse", "DEF")
+_library.define("pack_column_sums(Tensor weight) -> Tensor")
+_library.define(
+    "int8_linear(Tensor x, Tensor weight, Tensor column_sums, Tensor x_scale, Tensor w_scale, Tensor? bias, "
+    "int x_zero_point, ScalarType out_dtype, str lowering) -> Tensor"
+)
+
+
+@torch.library.impl(_library, "pack_column_sums", "CompositeExplicitAutograd")
+def _pack_column_sums(weight: Tensor) -> Tensor:
+    return weight.sum(1, dtype=torch.int32)
+
+
+@torch.library.register_fake("qfuse::pack_column_sums", lib=_library)
+def _pack_column_sums_fake(weight: Tensor) -> Tensor:
+    return weight.new_empty(weight.shape[0], dtype=torch.int32)
+
+
+@torch.library.impl(_library, "int8_linear", "CompositeExplicitAutograd")
+def int8_linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    column_sums: Tensor,
+    x_scale: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    x_zero_point: int,
+    out_dtype: torch.dtype,
+    lowering: str,
+) -> Tensor:
+    """Compute `qfuse::int8_linear`. The sum is taken in float64, where it is exact for every K that fits int32."""
+    accumulator = (x.double() - x_zero_point) @ weight.double().t()
+    y = accumulator.float() * x_scale.reshape(-1, 1) * w_scale
+    return (y if bias is None else y + bias).to(out_dtype)
+
+
+@torch.library.register_fake("qfuse::int8_linear", lib=_library)
+def _int8_linear_fake(
+    x: Tensor,
+    weight: Tensor,
+    column_sums: Tensor,
+    x_scale: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    x_zero_point: int,
+    out_dtype: torch.dtype,
+    lowering: str,
+) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype)

@@ -1,0 +1,48 @@
+"""What a lowering needs to know to say whether it can compute a quantized linear, and how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from qfuse.constants import Constants
+from qfuse.inductor import emits_python, fake_value
+from qfuse.isa import Isa, cpu_isa
+from qfuse.normal_form import Dim, QLinear
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The facts of one quantized linear.
+
+    m may be symbolic; k and n are static.
+    weight_is_constant: freezing will fold everything that is computed from the weight alone.
+    called_from_python: the compiled graph is Python, not C++ (`cpp_wrapper`, AOTInductor).
+    """
+
+    m: Dim
+    k: int
+    n: int
+    x_dtype: torch.dtype
+    out_dtype: torch.dtype
+    device: torch.device
+    isa: Isa
+    weight_is_constant: bool
+    called_from_python: bool
+
+    @classmethod
+    def of(cls, form: QLinear, constants: Constants) -> Problem:
+        """Collect the facts of `form`."""
+        x = fake_value(form.x)
+        return cls(
+            m=form.m,
+            k=int(form.k),
+            n=int(form.n),
+            x_dtype=x.dtype,
+            out_dtype=form.dtype,
+            device=x.device,
+            isa=cpu_isa() if x.device.type == "cpu" else Isa.NONE,
+            weight_is_constant=form.weight_t in constants,
+            called_from_python=emits_python(),
+        )

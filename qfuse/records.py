@@ -1,0 +1,153 @@
+"""What happened to each quantized matmul of a graph, for reports, logs and statistics."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import contextvars
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from qfuse.inductor import fake_value
+from qfuse.normal_form import QLinear
+from qfuse.reasons import Decline
+
+
+@dataclass(frozen=True)
+class Match:
+    """A quantized linear that was fused.
+
+    shape: M×K×N; a dynamic M as its symbol. dtypes: activation → output. module: the module's path in the model, or "".
+    source: file:line of the call in the user's code, or "".
+    """
+
+    pattern: str
+    lowering: str
+    shape: str
+    dtypes: str
+    module: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Miss:
+    """A quantized matmul that was not fused, and why.
+
+    anchor: the operator and its name in the graph. pattern: the nearest pattern. node: where matching ended.
+    """
+
+    anchor: str
+    pattern: str
+    reason: str
+    node: str
+    hint: str
+    module: str
+    source: str
+
+
+def match_record(form: QLinear, pattern: str, lowering: str) -> Match:
+    """Record that `form` was fused."""
+    x, out = str(fake_value(form.x).dtype), str(form.dtype)
+    return Match(
+        pattern=pattern,
+        lowering=lowering,
+        shape=f"{form.m}×{form.k}×{form.n}",
+        dtypes=f"{x} → {out}".replace("torch.", ""),
+        module=_module(form.anchor),
+        source=_source(form.anchor),
+    )
+
+
+def miss_record(anchor: Node, pattern: str, decline: Decline) -> Miss:
+    """Record that the matmul `anchor` was not fused."""
+    return Miss(
+        anchor=f"{anchor.target} ({anchor.name})",
+        pattern=pattern,
+        reason=decline.reason,
+        node=decline.node.name if decline.node is not None else "",
+        hint=decline.hint,
+        module=_module(anchor),
+        source=_source(anchor),
+    )
+
+
+def _module(node: Node) -> str:
+    """Return the path of the innermost module around `node`, as in `model.get_submodule`."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    if not stack:
+        return ""
+    path: str = stack[-1][0]
+    for prefix in ("L['self'].", "L['s'].", "self."):
+        path = path.removeprefix(prefix)
+    return path.replace("_modules['", "").replace("']", "")
+
+
+def _source(node: Node) -> str:
+    """Return file:line of the innermost frame of the user's code."""
+    frames = [line.strip() for line in node.meta.get("stack_trace", "").splitlines() if line.strip().startswith("File ")]
+    if not frames:
+        return ""
+    _, path, rest = frames[-1].split('"', 2)
+    return f"{path}:{rest.split('line ', 1)[1].split(',', 1)[0]}"
+
+
+class _Statistics:
+    """Counts of fused linears by pattern, over all threads of the process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: collections.Counter[str] = collections.Counter()
+
+    def add(self, matches: list[Match]) -> None:
+        with self._lock:
+            self._counts.update(m.pattern for m in matches)
+
+    def counts(self) -> dict[str, int]:
+        with self._lock:
+            return dict(sorted(self._counts.items()))
+
+    def reset(self) -> None:
+        with self._lock:
+            self._counts.clear()
+
+
+statistics = _Statistics()
+
+
+def stats() -> dict[str, int]:
+    """Return how many linears were fused by each pattern, in the whole process, since the last `reset_stats()`.
+
+    Counted when a graph is matched. A graph that comes out of AOTAutograd's cache is not matched again, and not counted;
+    under freezing that cache is not used.
+    """
+    return statistics.counts()
+
+
+def reset_stats() -> None:
+    """Set the counts of `stats()` back to none."""
+    statistics.reset()
+
+
+_recorder: contextvars.ContextVar[tuple[list[Match], list[Miss]] | None] = contextvars.ContextVar("qfuse", default=None)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[tuple[list[Match], list[Miss]]]:
+    """Collect the matches and misses of every graph that is compiled inside, in this thread."""
+    lists: tuple[list[Match], list[Miss]] = ([], [])
+    token = _recorder.set(lists)
+    try:
+        yield lists
+    finally:
+        _recorder.reset(token)
+
+
+def publish(matches: list[Match], misses: list[Miss]) -> None:
+    """Hand the records of one graph to statistics and to a recording in progress."""
+    statistics.add(matches)
+    if (lists := _recorder.get()) is not None:
+        lists[0].extend(matches)
+        lists[1].extend(misses)
