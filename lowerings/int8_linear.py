@@ -6,10 +6,9 @@ import logging
 from typing import Any
 
 import torch
+from qfuse.lowerings import by_name
 from torch._inductor import ir
 from torch._inductor.lowering import fallback_handler, lowerings, register_lowering, to_dtype
-
-from qfuse.lowerings import by_name
 
 aten = torch.ops.aten
 log = logging.getLogger("qfuse.lowerings")
@@ -19,6 +18,12 @@ log = logging.getLogger("qfuse.lowerings")
 def pack_column_sums(weight: Any) -> ir.TensorBox:
     """Lower `qfuse::pack_column_sums` where freezing has not folded it."""
     return lowerings[aten.sum.dim_IntList](weight, [1], dtype=torch.int32)
+
+
+@register_lowering(torch.ops.qfuse.int_mm.default, type_promotion_kind=None)
+def int_mm(x: Any, weight_t: Any) -> ir.TensorBox:
+    """Lower `qfuse::int_mm` as `aten._int_mm`."""
+    return lowerings[aten._int_mm.default](x, weight_t)
 
 
 @register_lowering(torch.ops.qfuse.int8_linear.default, type_promotion_kind=None)
@@ -41,6 +46,10 @@ def int8_linear(
             y = lowerings[aten.add.Tensor](y, to_dtype(bias, torch.float32))
         return to_dtype(y, out_dtype)
     except Exception:
-        log.warning("lowering %s failed; running the reference, which is slow. Please report this.", lowering, exc_info=True)
+        log.warning(
+            "lowering %s failed; running the reference, which is slow. Please report this.",
+            lowering,
+            exc_info=True,
+        )
         reference = fallback_handler(torch.ops.qfuse.int8_linear.default, add_to_fallback_set=False)
         return reference(x, weight, column_sums, x_scale, w_scale, bias, x_zero_point, out_dtype, lowering)

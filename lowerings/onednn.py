@@ -1,6 +1,7 @@
 """oneDNN's int8 matmul, `onednn.qlinear_pointwise`, with a prepacked weight.
 
-oneDNN applies the weight's scale and the zero point; it cannot apply a scale a row, so the rest is an Inductor epilogue.
+oneDNN applies the weight's scale and the zero point. It cannot apply one scale a row, so the rest is an epilogue that
+Inductor generates.
 """
 
 from __future__ import annotations
@@ -8,16 +9,17 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+from qfuse.lowerings.aten import Aten
 from torch._inductor import ir
 from torch._inductor.select_algorithm import ExternKernelChoice
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from qfuse.lowerings.aten import Aten
-from qfuse.isa import ACTIVATION_DTYPE, Isa
+from qfuse.isa import ACTIVATION_DTYPE
 from qfuse.problem import Problem
 
-#: weight → oneDNN's blocked copy of it, and zero points of the weight (there are none). A blocked tensor cannot be pickled, so it can be no constant of a graph that
-#: Inductor caches; it is made at the first call instead, and lives as long as the weight.
+#: weight → oneDNN's blocked copy of it, and zero points of the weight (there are none). A blocked tensor cannot be
+#: pickled, so it can be no constant of a graph that Inductor caches; it is made at the first call instead, and lives
+#: as long as the weight.
 _packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -66,7 +68,9 @@ class OneDNN:
         if not isinstance(ir.InputsKernel.unwrap_storage_for_input(weight), ir.ConstantBuffer):
             # Packed once, it would go stale if it changed. Freezing has left alone what it was expected to freeze.
             return Aten().matmul(x, weight, column_sums, w_scale, x_zero_point)
-        x, weight, w_scale = (ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(t)) for t in (x, weight, w_scale))
+        x, weight, w_scale = (
+            ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(t)) for t in (x, weight, w_scale)
+        )
         size = [x.get_size()[0], weight.get_size()[0]]
         layout = ir.FixedLayout(x.get_device(), torch.float32, size)
         return _kernel.bind([x, weight, w_scale], layout, x_zero_point=x_zero_point).output_node()

@@ -8,7 +8,7 @@ from torch.fx import Node
 from qfuse.constants import Constants
 from qfuse.family import Anchor, Family, Pattern
 from qfuse.inductor import fake_value
-from qfuse.normal_form import Axis, QLinear
+from qfuse.normal_form import Axis, QLinear, equal
 from qfuse.reasons import Decline
 from qfuse.steps import ALGEBRA
 
@@ -32,10 +32,13 @@ class IntMM(Anchor):
             return Decline(f"multiplies {x_dtype} by {w_dtype}, not (u)int8 by int8", node)
         if not isinstance(k, int) or not isinstance(n, int):
             return Decline(f"the weight's shape is not static: {(k, n)}", node, "mark only the batch as dynamic")
-        if k == 0 or n == 0:
-            return Decline(f"the weight is empty: {(k, n)}", node)
+        if k == 0 or n == 0 or equal(fake_value(x).shape[0], 0):
+            return Decline("the matmul is empty: there is nothing to compute", node)
         if k > MAX_K:
-            return Decline(f"K = {k}: the int32 accumulator could overflow, and then no order of sums is the graph's", node)
+            return Decline(
+                f"K = {k}: the int32 accumulator could overflow, and then no order of sums is the graph's",
+                node,
+            )
         return QLinear(anchor=node, value=node, x=x, weight_t=weight_t)
 
 

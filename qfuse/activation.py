@@ -10,8 +10,9 @@ from qfuse.inductor import freezing_by_default, install_pass, remove_pass
 def enable() -> None:
     """Fuse in everything that is compiled from now on, in all threads; `import qfuse` does this.
 
-    Appends qfuse's pass to Inductor's, and makes freezing Inductor's default, unless the user has decided on freezing by
-    `TORCHINDUCTOR_FREEZING` or `torch._inductor.config.freezing = ...`. Harmless when repeated. Does nothing with QFUSE=0.
+    Appends qfuse's pass to Inductor's, and makes freezing Inductor's default, unless the user has decided on freezing
+    by `TORCHINDUCTOR_FREEZING` or `torch._inductor.config.freezing = ...`. Harmless when repeated. Does nothing with
+    QFUSE=0.
     """
     if config.enabled:
         install_pass(FUSION_PASS)

@@ -3,8 +3,8 @@
     Σk (x − z)·w  =  Σk x·w  −  z · Σk w
 
 so what is subtracted must be z times the column sums of the *same* weight. Producers write the sum in many ways, or
-leave it folded into a constant. It is proven here, symbolically where it is computed in the graph, numerically where it
-is a constant; nothing is assumed.
+leave it folded into a constant. It is proven here, symbolically where it is computed in the graph, numerically where
+it is a constant; nothing is assumed.
 """
 
 from __future__ import annotations
@@ -13,12 +13,18 @@ import torch
 from torch.fx import Node
 
 from qfuse.constants import Constants
-from qfuse.inductor import fake_value
+from qfuse.inductor import fake_value, real_tensors
 from qfuse.normal_form import QLinear, equal, transposed_input
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
-_VIEWS = {aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims}
+_VIEWS = {
+    aten.view.default,
+    aten.reshape.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+}
 # In these the column sums are exact, so a conversion among them changes nothing: |Σk w| < 2^31 for any K we accept.
 _WIDE = {torch.int32, torch.int64}
 
@@ -27,7 +33,8 @@ def zero_point_of(correction: Node, form: QLinear, constants: Constants) -> int 
     """Return z if `correction` is z · Σk weight_t[k, n] for every n (in the order of n), else None."""
     z = _multiple_of_column_sums(correction, form)
     if z is None and correction in constants and form.weight_t in constants:
-        z = _constant_multiple(constants.value(correction), constants.value(form.weight_t))
+        with real_tensors():
+            z = _constant_multiple(constants.value(correction), constants.value(form.weight_t))
     return z
 
 
@@ -48,7 +55,7 @@ def _multiple_of_column_sums(node: Node, form: QLinear) -> int | None:
         case target, (Node() as s, *_) if target in _VIEWS:
             return _multiple_of_column_sums(s, form)
         # Σk w
-        case aten.sum.dim_IntList, (Node() as w, [dim], *_) if fake_value(node).dtype in _WIDE:
+        case aten.sum.dim_IntList, (Node() as w, [int() as dim], *_) if fake_value(node).dtype in _WIDE:
             return 1 if _is_weight_axis(w, dim, form) else None
     return None
 

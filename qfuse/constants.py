@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from qfuse.inductor import frozen_inputs, real_tensors
+from qfuse.inductor import frozen_inputs
 
 
 class Constants:
@@ -35,14 +32,11 @@ class Constants:
         return bool(inputs) and all(i in self for i in inputs)
 
     def value(self, node: Node) -> torch.Tensor:
-        """Compute the value of a constant node. `node in self` must hold."""
-        with real_tensors():
-            return self._evaluate(node)
-
-    def _evaluate(self, node: Node) -> Any:
+        """Compute the value of a constant node, inside `real_tensors`. `node in self` must hold."""
         if node.op == "placeholder":
             return self._frozen[node]
         target = node.target
-        assert isinstance(target, Callable)
-        args, kwargs = map_arg((node.args, node.kwargs), self._evaluate)
-        return target(*args, **kwargs)
+        assert callable(target)
+        args, kwargs = map_arg((node.args, node.kwargs), self.value)
+        result: torch.Tensor = target(*args, **kwargs)
+        return result

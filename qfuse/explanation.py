@@ -17,12 +17,13 @@ from qfuse.report import Report
 def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """Say which quantized linears of `model` are fused, how, and why the others are not.
 
-    Traces and runs `model(*args, **kwargs)` once through Inductor's passes, in the caller's grad mode, without generating
-    code: seconds, where a compile takes minutes. What was compiled before stays compiled.
+    Traces and runs `model(*args, **kwargs)` once through Inductor's passes, in the caller's grad mode, without
+    generating code: seconds, where a compile takes minutes. What was compiled before stays compiled.
 
     Raises:
         whatever the model itself raises.
     """
+
     # A new function, so that dynamo's cache of `model` is neither read nor written.
     def call(*args: Any, **kwargs: Any) -> Any:
         return model(*args, **kwargs)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch.fx import Node
+from torch.fx.node import Target
 
 from qfuse.constants import Constants
 from qfuse.normal_form import QLinear
@@ -19,7 +19,7 @@ from qfuse.steps import Step
 class Anchor(abc.ABC):
     """An operator that every graph of a family contains: matching starts at its nodes."""
 
-    targets: ClassVar[tuple[torch._ops.OpOverload, ...]]
+    targets: ClassVar[tuple[Target, ...]]
 
     @abc.abstractmethod
     def start(self, node: Node, constants: Constants) -> QLinear | Decline:
@@ -53,5 +53,7 @@ class Family:
     patterns: tuple[Pattern, ...]
 
     def name_of(self, form: QLinear, constants: Constants) -> str:
-        """Return the name of the first pattern that `form` is of the kind of."""
+        """Return the name of the first pattern that `form` is one of, or the family's while it has no scale."""
+        if not form.scales:
+            return self.name
         return next((p.name for p in self.patterns if p.is_kind(form, constants)), self.name)

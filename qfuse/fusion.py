@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 
+import torch
 from torch.fx import Graph, Node
 
 from qfuse import config
 from qfuse.constants import Constants
 from qfuse.family import Anchor, Family
-from qfuse.inductor import is_training_graph
+from qfuse.inductor import is_training_graph, why_not_frozen
 from qfuse.match import walk
 from qfuse.problem import Problem
 from qfuse.reasons import Decline
@@ -20,9 +22,7 @@ from qfuse.rewrite import replace_by_int8_linear
 
 log = logging.getLogger(__name__)
 
-_TRAINING = "the graph computes gradients"
-_LIVE = "the weight is not a constant of the graph"
-_NO_GRAD = "compile and run the model under torch.no_grad(), with freezing on"
+_TRAINING = Decline("the graph computes gradients", hint="compile and run the model under torch.no_grad()")
 
 
 def fuse(graph: Graph) -> Report:
@@ -34,18 +34,26 @@ def fuse(graph: Graph) -> Report:
     constants = Constants(graph)
     training = is_training_graph(graph)
     for family, anchor, node in list(_anchors(graph, FAMILIES)):
-        try:
-            outcome = Decline(_TRAINING, hint=_NO_GRAD) if training else _fuse_one(family, anchor, node, constants)
-        except Exception as error:
-            log.debug("qfuse failed at %s", node.format_node(), exc_info=True)
-            outcome = Decline(f"internal error, please report it: {type(error).__name__}: {error}")
+        outcome = miss_record(node, family.name, _TRAINING) if training else _fuse_one(family, anchor, node, constants)
         if isinstance(outcome, Match):
             matches.append(outcome)
         else:
-            misses.append(miss_record(node, family.name, outcome))
+            misses.append(outcome)
+            _shield(node, constants)
     if matches:
         graph.eliminate_dead_code()
     return Report(matches, misses)
+
+
+def _shield(node: Node, constants: Constants) -> None:
+    """Hide an integer matmul that was declined from Inductor's own patterns.
+
+    They run under freezing, which qfuse has switched on, and take any two multiplications behind an `_int_mm` for
+    scales, whatever their shapes: results are wrong with the weight's scale first, and K = 0 ends the process
+    (torch 2.13).
+    """
+    if node.target is torch.ops.aten._int_mm.default and node.args[1] in constants:
+        node.target = torch.ops.qfuse.int_mm.default
 
 
 def _anchors(graph: Graph, families: tuple[Family, ...]) -> Iterator[tuple[Family, Anchor, Node]]:
@@ -55,21 +63,31 @@ def _anchors(graph: Graph, families: tuple[Family, ...]) -> Iterator[tuple[Famil
             yield *found, node
 
 
-def _fuse_one(family: Family, anchor: Anchor, node: Node, constants: Constants) -> Match | Decline:
+def _fuse_one(family: Family, anchor: Anchor, node: Node, constants: Constants) -> Match | Miss:
+    try:
+        return _match_and_replace(family, anchor, node, constants)
+    except Exception as error:
+        log.debug("qfuse failed at %s", node.format_node(), exc_info=True)
+        return miss_record(node, family.name, Decline(f"internal error, please report it: {error!r}"))
+
+
+def _match_and_replace(family: Family, anchor: Anchor, node: Node, constants: Constants) -> Match | Miss:
     from qfuse.lowerings import choose
 
     walked = walk(family, anchor, node, constants)
     log.debug("%s: %s stopped at %s: %s", family.name, node, walked.stop.node, walked.stop.reason)
     form = walked.form
     if form is None:
-        return walked.stop
+        nearest = family.name if walked.reached is None else family.name_of(walked.reached, constants)
+        return miss_record(node, nearest, walked.stop)
     pattern = family.name_of(form, constants)
     if pattern in config.disabled_patterns:
-        return Decline(f"{pattern} is disabled by qfuse.config.disabled_patterns")
+        return miss_record(node, pattern, Decline("disabled by qfuse.config.disabled_patterns"))
     problem = Problem.of(form, constants)
     provider = choose(problem)
     if isinstance(provider, Decline):
-        return provider
+        hint = "" if problem.weight_is_constant else why_not_frozen()
+        return miss_record(node, pattern, replace(provider, hint=hint))
     record = match_record(form, pattern, provider.name)
     replace_by_int8_linear(form, provider.name, provider.activation_dtype(problem), constants)
     return record

@@ -8,8 +8,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._logging._internal import getArtifactLogger
 from torch.fx import Graph
 from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 
@@ -20,7 +20,7 @@ from qfuse.records import publish
 from qfuse.report import Report
 
 log = logging.getLogger("qfuse")
-matches_log = torch._logging.getArtifactLogger("qfuse", "qfuse_matches")
+matches_log = getArtifactLogger("qfuse", "qfuse_matches")
 
 
 class FusionPass(CustomGraphPass):
@@ -33,6 +33,7 @@ class FusionPass(CustomGraphPass):
         import qfuse.lowerings.int8_linear  # noqa: F401  registers lowerings; heavy, and needless before something compiles
         from qfuse.fusion import fuse
 
+        assert graph.owning_module is not None
         observer = GraphTransformObserver(graph.owning_module, "qfuse.fuse", subsystem="joint_graph_passes")
         report: Report | None = observer.apply_graph_pass(fuse)
         if report is not None and (report.matches or report.misses):
@@ -41,8 +42,8 @@ class FusionPass(CustomGraphPass):
     def uuid(self) -> Any:
         """Return what the compile cache's key needs: any change of qfuse's source, options or ISA is another compile.
 
-        Inductor asks for it also where a cached graph is loaded without this pass being run. That graph may call kernels
-        which `qfuse.lowerings` registers, so they are registered here as well.
+        Inductor asks for it also where a cached graph is loaded without this pass being run. That graph may call
+        kernels which `qfuse.lowerings` registers, so they are registered here as well.
         """
         import qfuse.lowerings.int8_linear  # noqa: F401
 
@@ -74,5 +75,11 @@ def _tell(report: Report) -> None:
     trace_json("qfuse_matches", report.to_json())
     log.info("%s", report.summary())
     for miss in report.misses:
-        log.info("not fused: %s %s: %s%s", miss.module or miss.anchor, miss.source, miss.reason, f" → {miss.hint}" * bool(miss.hint))
+        log.info(
+            "not fused: %s %s: %s%s",
+            miss.module or miss.anchor,
+            miss.source,
+            miss.reason,
+            f" → {miss.hint}" * bool(miss.hint),
+        )
     matches_log.debug("%s", report)

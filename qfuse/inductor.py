@@ -8,12 +8,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch._inductor import config as inductor_config
+from torch._inductor import config as _inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_custom_graph_passes
-from torch._logging import trace_structured
+from torch._logging._internal import trace_structured
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._config_module import _UNSET_SENTINEL
@@ -33,8 +33,10 @@ __all__ = [
     "remove_pass",
     "statically_known_true",
     "trace_json",
+    "why_not_frozen",
 ]
 
+inductor_config: Any = _inductor_config  # typed as a plain module, which has no `_config`
 _PASS_SLOT = "joint_custom_post_pass"
 
 
@@ -100,9 +102,9 @@ def is_training_graph(graph: Graph) -> bool:
 def frozen_inputs(graph: Graph) -> dict[Node, torch.Tensor]:
     """Return the inputs of `graph` that freezing will turn into constants, with their values.
 
-    Empty where Inductor does not freeze: freezing off, gradients enabled, or no model around the graph. The rule is that
-    of `torch._inductor.freezing.replace_params_with_constants`: parameters and buffers that the graph neither mutates nor
-    returns as an alias.
+    Empty where Inductor does not freeze: freezing off, gradients enabled, or no model around the graph. The rule is
+    that of `torch._inductor.freezing.replace_params_with_constants`: parameters and buffers that the graph neither
+    mutates nor returns as an alias.
     """
     context = torch._guards.TracingContext.try_get()
     if context is None or not inductor_config.freezing or torch.is_grad_enabled():
@@ -114,6 +116,15 @@ def frozen_inputs(graph: Graph) -> dict[Node, torch.Tensor]:
     kept |= {i for i, info in enumerate(metadata.input_info) if info.mutation_type.name != "NOT_MUTATED"}
     inputs = graph.find_nodes(op="placeholder")
     return {node: value for i, (node, value) in enumerate(zip(inputs, values, strict=False)) if i not in kept}
+
+
+def why_not_frozen() -> str:
+    """Say what a user can do to make a weight a constant of the graph that is being compiled."""
+    if torch.is_grad_enabled():
+        return "compile and run the model under torch.no_grad(): Inductor freezes weights only without gradients"
+    if not inductor_config.freezing:
+        return "leave freezing on (torch._inductor.config.freezing, TORCHINDUCTOR_FREEZING)"
+    return "make the weight a parameter or a buffer of the model, and do not change it in forward"
 
 
 @contextmanager
@@ -151,7 +162,7 @@ def compile_like_inductor(
     kwargs: dict[str, Any] = {} if inner_compile is None else {"inner_compile": inner_compile}
     from torch._inductor.compile_fx import compile_fx  # heavy: only when something is compiled
 
-    return compile_fx(gm, example_inputs, config_patches=chosen, **kwargs)
+    return cast(Callable[..., Any], compile_fx(gm, example_inputs, config_patches=chosen, **kwargs))
 
 
 def _user_decided_freezing() -> bool:

@@ -17,8 +17,8 @@ class Isa(enum.Enum):
     NONE = "none"
 
 
-#: The activation's dtype that the matmul is fast in. AMX multiplies signed by signed. The VNNI instruction `vpdpbusd` takes
-#: unsigned times signed: oneDNN runs a signed activation there through a reference loop, about 1,000 times slower.
+#: The activation's dtype that the matmul is fast in. AMX multiplies signed by signed. The VNNI instruction `vpdpbusd`
+#: takes unsigned times signed: there oneDNN runs a signed activation through a reference loop, far slower.
 ACTIVATION_DTYPE = {
     Isa.AMX: torch.int8,
     Isa.AVX512_VNNI: torch.uint8,

@@ -30,7 +30,7 @@ class Walk:
 def walk(family: Family, anchor: Anchor, node: Node, constants: Constants) -> Walk:
     """Follow the users of `node` while there is one and a step of `family` knows it.
 
-    A value with several users ends the walk: the users need it as it is. What is complete by then is fused all the same.
+    A value with several users ends the walk: they need it as it is. What is complete by then is fused all the same.
     """
     steps = steps_by_target(family.steps)
     form = anchor.start(node, constants)
@@ -44,7 +44,7 @@ def walk(family: Family, anchor: Anchor, node: Node, constants: Constants) -> Wa
         if len(users) != 1:
             return Walk(complete, form, Decline(f"used by {len(users)} nodes: {users}", form.value))
         (user,) = users
-        step = steps.get(user.target)  # type: ignore[arg-type]
+        step = steps.get(user.target)
         if step is None:
             what = "the graph's output" if user.op == "output" else str(user.target)
             return Walk(complete, form, Decline(f"used by {what}, which is no part of a quantized linear", user))

@@ -117,8 +117,8 @@ def same_shape(a: Node, b: Node) -> bool:
 def broadcast_axis(operand: Operand, value: Node) -> Axis | None:
     """Classify `operand` by how it broadcasts against `value` of shape (*rows, N); None if it is none of the three.
 
-    Only sizes decide, aligned from the right as broadcasting aligns them, so M == N is not ambiguous: [M, 1] varies over
-    rows and [N] or [1, N] over columns, whatever the sizes are. An `expand` is looked through by `unexpanded` first.
+    Only sizes decide, aligned from the right as broadcasting aligns them, so M == N is not ambiguous: [M, 1] varies
+    over rows and [N] or [1, N] over columns, whatever the sizes are. `unexpanded` looks through an `expand` before.
     """
     if not isinstance(operand, Node):
         return Axis.SCALAR

@@ -4,12 +4,15 @@
     Σk weight[n, k]: int8 [N, K] → int32 [N]. An op on the weight alone: freezing runs it once, at compile time.
 
 `qfuse::int8_linear(x, weight, column_sums, x_scale, w_scale, bias, x_zero_point, out_dtype, lowering) -> y`
-    y[m, n] = (Σk (x[m, k] − x_zero_point) · weight[n, k]) · x_scale[m] · w_scale[n] + bias[n], in float32 after the exact
-    integer sum, rounded once to `out_dtype`.
+    y[m, n] = (Σk (x[m, k] − x_zero_point) · weight[n, k]) · x_scale[m] · w_scale[n] + bias[n], in float32 after the
+    exact integer sum, rounded once to `out_dtype`.
 
     x: [M, K] int8 or uint8. weight: [N, K] int8. column_sums: [N] int32, as above.
     x_scale: [M] or [1] float32. w_scale: [N] or [1] float32. bias: [N] or [1], any float dtype, or None.
     lowering: the name of the lowering that was chosen when the graph was matched.
+
+`qfuse::int_mm(x, weight_t) -> y`
+    `aten._int_mm` under a name that Inductor's own patterns do not know (see `qfuse.fusion`).
 """
 
 from __future__ import annotations
@@ -23,6 +26,19 @@ _library.define(
     "int8_linear(Tensor x, Tensor weight, Tensor column_sums, Tensor x_scale, Tensor w_scale, Tensor? bias, "
     "int x_zero_point, ScalarType out_dtype, str lowering) -> Tensor"
 )
+
+
+_library.define("int_mm(Tensor x, Tensor weight_t) -> Tensor")
+
+
+@torch.library.impl(_library, "int_mm", "CompositeExplicitAutograd")
+def _int_mm(x: Tensor, weight_t: Tensor) -> Tensor:
+    return torch._int_mm(x, weight_t)
+
+
+@torch.library.register_fake("qfuse::int_mm", lib=_library)
+def _int_mm_fake(x: Tensor, weight_t: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], weight_t.shape[1]), dtype=torch.int32)
 
 
 @torch.library.impl(_library, "pack_column_sums", "CompositeExplicitAutograd")

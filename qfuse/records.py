@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import contextvars
+import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -79,15 +80,16 @@ def _module(node: Node) -> str:
     stack = list(node.meta.get("nn_module_stack", {}).values())
     if not stack:
         return ""
-    path: str = stack[-1][0]
-    for prefix in ("L['self'].", "L['s'].", "self."):
-        path = path.removeprefix(prefix)
-    return path.replace("_modules['", "").replace("']", "")
+    # dynamo's source expression: L['self'].encoder.layer[0], with _modules['encoder'] here and there
+    path = re.sub(r"^L\['\w+'\]", "", stack[-1][0])
+    return re.sub(r"(?:\._modules)?\['?([^'\]]+)'?\]", r".\1", path).lstrip(".")
 
 
 def _source(node: Node) -> str:
     """Return file:line of the innermost frame of the user's code."""
-    frames = [line.strip() for line in node.meta.get("stack_trace", "").splitlines() if line.strip().startswith("File ")]
+    frames = [
+        line.strip() for line in node.meta.get("stack_trace", "").splitlines() if line.strip().startswith("File ")
+    ]
     if not frames:
         return ""
     _, path, rest = frames[-1].split('"', 2)
@@ -120,8 +122,8 @@ statistics = _Statistics()
 def stats() -> dict[str, int]:
     """Return how many linears were fused by each pattern, in the whole process, since the last `reset_stats()`.
 
-    Counted when a graph is matched. A graph that comes out of AOTAutograd's cache is not matched again, and not counted;
-    under freezing that cache is not used.
+    Counted when a graph is matched. A graph that comes out of AOTAutograd's cache is not matched again, and not
+    counted; under freezing that cache is not used.
     """
     return statistics.counts()
 
@@ -146,8 +148,9 @@ def recording() -> Iterator[tuple[list[Match], list[Miss]]]:
 
 
 def publish(matches: list[Match], misses: list[Miss]) -> None:
-    """Hand the records of one graph to statistics and to a recording in progress."""
-    statistics.add(matches)
-    if (lists := _recorder.get()) is not None:
+    """Hand the records of one graph to the recording in progress, or else to the statistics."""
+    if (lists := _recorder.get()) is None:
+        statistics.add(matches)
+    else:
         lists[0].extend(matches)
         lists[1].extend(misses)

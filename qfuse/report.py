@@ -47,7 +47,7 @@ class Report:
 
 
 def _table(title: str, columns: list[str], records: Sequence[Match] | Sequence[Miss]) -> Table:
-    """Make a table; columns that are empty throughout are left out, and equal neighbours of a source are kept short."""
+    """Make a table, without the columns that are empty throughout."""
     rows = [[_short(str(v)) for v in dataclasses.astuple(r)] for r in records]
     used = [i for i in range(len(columns)) if any(row[i] for row in rows)]
     table = Table(title=title, title_justify="left")

@@ -87,7 +87,7 @@ def _weight(emit: Emitter, form: QLinear, constants: Constants) -> Node:
 def _activation(emit: Emitter, form: QLinear, dtype: torch.dtype) -> tuple[Node, int]:
     """Return the activation and its zero point in the signedness that the lowering is fast in.
 
-    x + 128 maps int8 onto uint8, and the zero point goes along. uint8 is never shifted back: its zero point may not fit.
+    x + 128 maps int8 onto uint8, and the zero point goes along. What is uint8 already stays so.
     """
     if fake_value(form.x).dtype is dtype or dtype is not torch.uint8:
         return form.x, form.x_zero_point
@@ -97,7 +97,7 @@ def _activation(emit: Emitter, form: QLinear, dtype: torch.dtype) -> tuple[Node,
 
 
 def _scales(emit: Emitter, form: QLinear, constants: Constants) -> tuple[Node, Node]:
-    """Return x_scale and w_scale. Scalars go where they cost least: constant ones to the weight's, live ones to the rows'."""
+    """Return x_scale and w_scale. Scalars go where they cost least: constants to the columns, others to the rows."""
     rows, columns = list(form.factors(Axis.ROW)), list(form.factors(Axis.COLUMN))
     for scalar in form.factors(Axis.SCALAR):
         folds = not isinstance(scalar.operand, Node) or scalar.operand in constants
@@ -111,11 +111,14 @@ def _combined(
 ) -> Node:
     """Combine operands to one float32 vector by `op`; [neutral] where there are none."""
     vectors = [_vector(emit, f.operand) for f in factors if isinstance(f.operand, Node)]
-    numbers = [float(f.operand) for f in factors if not isinstance(f.operand, Node)]
+    numbers = [f.operand for f in factors if not isinstance(f.operand, Node)]
     if not vectors:
         device = fake_value(form.x).device
         vectors = [emit.call(aten.full.default, [1], neutral, dtype=torch.float32, device=device)]
-    return functools.reduce(functools.partial(emit.call, op), [*vectors, *numbers])
+    combined = vectors[0]
+    for operand in (*vectors[1:], *numbers):
+        combined = emit.call(op, combined, operand)
+    return combined
 
 
 def _vector(emit: Emitter, operand: Node) -> Node:

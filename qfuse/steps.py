@@ -1,19 +1,20 @@
 """The algebra that leads from an integer matmul to a quantized linear, one operator a class.
 
-A step looks at one user of the current value. It returns the form of that user, or a `Decline` that says why the user is
-no part of a quantized linear. It must be exact, apart from rounding that the fused op does not do: whatever the step
-returns has to equal the graph's value for every input.
+A step looks at one user of the current value. It returns the form of that user, or a `Decline` that says why the user
+is no part of a quantized linear. It must be exact, apart from rounding that the fused op does not do: whatever the
+step returns has to equal the graph's value for every input.
 """
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from torch.fx import Node
+from torch.fx.node import Target
 
 from qfuse.compensation import is_column_shaped, zero_point_of
 from qfuse.constants import Constants
@@ -30,16 +31,16 @@ class Step(abc.ABC):
     """One rule of the algebra."""
 
     #: The operators whose nodes this step understands.
-    targets: ClassVar[tuple[torch._ops.OpOverload, ...]]
+    targets: ClassVar[tuple[Target, ...]]
 
     @abc.abstractmethod
     def apply(self, form: QLinear, node: Node, constants: Constants) -> QLinear | Decline:
         """Return the form of `node`, a user of `form.value`, or say why it has none."""
 
 
-def steps_by_target(steps: Iterable[Step]) -> dict[torch._ops.OpOverload, Step]:
+def steps_by_target(steps: Iterable[Step]) -> dict[Target, Step]:
     """Index `steps` by operator; each operator has one meaning."""
-    table: dict[torch._ops.OpOverload, Step] = {}
+    table: dict[Target, Step] = {}
     for step in steps:
         for target in step.targets:
             if target in table:
@@ -180,10 +181,10 @@ def _with_bias(form: QLinear, bias: Factor, node: Node) -> QLinear | Decline:
 
 
 def _as_factor(form: QLinear, node: Node, what: str) -> Factor | Decline:
-    return _classify(form, node, list(node.args[:2]), what)
+    return _classify(form, node, node.args[:2], what)
 
 
-def _classify(form: QLinear, node: Node, operands: list[object], what: str) -> Factor | Decline:
+def _classify(form: QLinear, node: Node, operands: Sequence[object], what: str) -> Factor | Decline:
     """Return the one of two `operands` that is not the current value, with its axis."""
     others = [o for o in operands if o is not form.value]
     if len(operands) != 2 or len(others) != 1 or not isinstance(others[0], Node | int | float):
@@ -202,7 +203,6 @@ def _classify(form: QLinear, node: Node, operands: list[object], what: str) -> F
     axis = broadcast_axis(operand, form.value)
     if axis is None:
         shape = tuple(fake_value(operand).shape) if isinstance(operand, Node) else ()
-        return Decline(
-            f"the {what} of shape {shape} varies over more than rows or columns of {tuple(fake_value(form.value).shape)}", node
-        )
+        against = tuple(fake_value(form.value).shape)
+        return Decline(f"the {what} of shape {shape} varies over neither rows nor columns of {against}", node)
     return Factor(operand, axis)

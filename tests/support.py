@@ -1,0 +1,151 @@
+"""What the tests share: running a model fused, unfused and in float64, and looking into its graphs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._inductor import config as inductor_config
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Graph, GraphModule, Interpreter
+
+import qfuse
+from qfuse.fusion_pass import FUSION_PASS
+from qfuse.inductor import compile_like_inductor, installed_passes
+from qfuse.records import recording
+
+Model = Callable[..., Any]
+
+
+@dataclass
+class Traced:
+    """A model traced through Inductor's passes and run without code generation."""
+
+    result: Any
+    report: qfuse.Report
+    before: list[str]
+    after: list[str]
+
+
+def _boxed(run: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+def _run_with(model: Model, args: tuple[Any, ...], run: Callable[[GraphModule, list[Any]], Any], **kwargs: Any) -> Any:
+    """Run `model` through Inductor's joint-graph passes, with `run` in place of the compiled code."""
+
+    def backend(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        with torch._functorch.config.patch(enable_autograd_cache=False):
+            return compile_like_inductor(
+                gm,
+                example_inputs,
+                mode=None,
+                inner_compile=lambda gm, inputs, **_: _boxed(lambda args: run(gm, args)),
+                **kwargs,
+            )
+
+    def call(*args: Any) -> Any:
+        return model(*args)
+
+    return torch.compile(call, backend=backend)(*args)
+
+
+def unfused(model: Model, *args: Any) -> Any:
+    """Run the graph as its producer made it."""
+    with qfuse.config.patch(enabled=False):
+        return _run_with(model, args, lambda gm, a: gm(*a), graph_pass=None, options={"freezing": False})
+
+
+def in_float64(model: Model, *args: Any) -> Any:
+    """Run the graph as its producer made it, but all that follows an integer matmul in float64: the true result."""
+    with qfuse.config.patch(enabled=False):
+        return _run_with(model, args, lambda gm, a: _Float64(gm).run(*a), graph_pass=None, options={"freezing": False})
+
+
+class _Float64(Interpreter):
+    """Evaluates what depends on an integer matmul without rounding."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is torch.ops.aten._int_mm.default:
+            return super().call_function(target, args, kwargs).double()
+        exact = any(isinstance(a, torch.Tensor) and a.dtype is torch.float64 for a in args)
+        if exact and target is torch.ops.prims.convert_element_type.default:
+            return args[0]
+        if exact:
+            args = tuple(a.double() if isinstance(a, torch.Tensor) else a for a in args)
+        return super().call_function(target, args, kwargs)
+
+
+class _Snapshot(CustomGraphPass):
+    """Notes the operators of each graph that passes by."""
+
+    def __init__(self) -> None:
+        self.ops: list[str] = []
+
+    def __call__(self, graph: Graph) -> None:
+        self.ops += [str(n.target) for n in graph.nodes if n.op == "call_function"]
+
+    def uuid(self) -> None:
+        return None
+
+    def __deepcopy__(self, memo: object) -> _Snapshot:
+        return self
+
+
+@contextlib.contextmanager
+def snapshots() -> Iterator[tuple[_Snapshot, _Snapshot]]:
+    """Note the operators before and after qfuse."""
+    before, after = _Snapshot(), _Snapshot()
+    others = tuple(p for p in installed_passes() if p is not FUSION_PASS)
+    with inductor_config.patch(joint_custom_post_pass=(*others, before, FUSION_PASS, after)):
+        yield before, after
+
+
+def trace(model: Model, *args: Any) -> Traced:
+    """Run `model` fused, its canonical ops by their reference implementation, without a compile."""
+    with recording() as (matches, misses), snapshots() as (before, after):
+        result = _run_with(model, args, lambda gm, a: gm(*a), graph_pass=FUSION_PASS, options=None)
+    return Traced(result, qfuse.Report(matches, misses), before.ops, after.ops)
+
+
+def compile_and_run(model: Model, *args: Any, **kwargs: Any) -> tuple[Any, qfuse.Report]:
+    """Run `model` fused, for real."""
+    torch._dynamo.reset()
+    with recording() as (matches, misses):
+        result = torch.compile(model, **kwargs)(*args)
+    return result, qfuse.Report(matches, misses)
+
+
+def error(result: Any, exact: Any) -> float:
+    """Return the largest deviation, relative to the largest value."""
+    results, exacts = (r if isinstance(r, tuple) else (r,) for r in (result, exact))
+    worst = 0.0
+    for r, e in zip(results, exacts, strict=True):
+        assert r.shape == e.shape
+        if r.numel():
+            worst = max(worst, ((r.double() - e).abs().max() / e.abs().max().clamp_min(1e-30)).item())
+    return worst
+
+
+def assert_no_worse(result: Any, model: Model, *args: Any) -> None:
+    """Check the promise: the error against float64 is no larger than the unfused graph's, within 5 %.
+
+    In float32 both are a few ulp, and which of two orders of multiplication is luckier is chance: 2 ulp are granted.
+    """
+    plain, exact = unfused(model, *args), in_float64(model, *args)
+    dtypes = [
+        (r.dtype, p.dtype)
+        for r, p in zip(*((x if isinstance(x, tuple) else (x,)) for x in (result, plain)), strict=True)
+    ]
+    assert all(r is p for r, p in dtypes), dtypes
+    assert error(result, exact) <= 1.05 * error(plain, exact) + 2 * torch.finfo(torch.float32).eps
+
+
+def quantized(m: int, k: int, dtype: torch.dtype = torch.int8) -> torch.Tensor:
+    """Return random integers over the whole range of `dtype`."""
+    info = torch.iinfo(dtype)
+    return torch.randint(info.min, info.max + 1, (m, k), dtype=dtype)

@@ -1,0 +1,516 @@
+"""The int8 family: every row of producers' graphs fuses, and what only looks like one does not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import producers
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from producers import ROWS, T2, T7, T8, Row, Written
+from support import assert_no_worse, compile_and_run, error, in_float64, quantized, trace
+from torch import Tensor, nn
+from torch._inductor.utils import fresh_cache, run_and_get_code
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+
+
+# --- what has to fuse ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("rows", [(7,), (2, 5)], ids=["2d", "3d"])
+def test_fuses(row: Row, dtype: torch.dtype, bias: bool, rows: tuple[int, ...]) -> None:
+    model = row.make(48, 64, dtype, bias)
+    inputs = model.inputs(*rows)
+    traced = trace(model, *inputs)
+    assert [m.pattern for m in traced.report.matches] == [row.pattern]
+    assert not traced.report.misses
+    assert "aten._int_mm.default" not in traced.after
+    assert_no_worse(traced.result, model, *inputs)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_compiles_to_onednn(row: Row) -> None:
+    model = row.make(48, 64, torch.bfloat16, True)
+    inputs = model.inputs(2, 5)
+    # without it Inductor keeps the bf16 scale in float32, and quantizes otherwise than the eager graph
+    options = {"emulate_precision_casts": True}
+    with fresh_cache():
+        result, (code,) = run_and_get_code(torch.compile(model, options=options), *inputs)
+    assert code.count("extern_kernels.qfuse_onednn_int8_matmul(") == 1
+    assert "extern_kernels._int_mm(" not in code
+    assert_no_worse(result, model, *inputs)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_symbolic_rows(row: Row) -> None:
+    model = row.make(48, 64, torch.bfloat16, True)
+    inputs = model.inputs(2, 5)
+    for tensor in inputs:
+        torch._dynamo.mark_dynamic(tensor, 0)
+        torch._dynamo.mark_dynamic(tensor, 1)
+    traced = trace(model, *inputs)
+    (match,) = traced.report.matches
+    assert match.shape.endswith("×64×48")
+    assert not match.shape.startswith("10×")
+    assert_no_worse(traced.result, model, *inputs)
+
+
+@pytest.mark.parametrize("row", [r for r in ROWS if r.name in ("T7-torchao", "P1/P2")], ids=str)
+def test_one_compile_serves_all_batches(row: Row) -> None:
+    model = row.make(48, 64, torch.float32, True)
+    compiled = torch.compile(model, dynamic=True, fullgraph=True)
+    torch._dynamo.utils.counters.clear()
+    for rows in [(2, 5), (3, 4), (17, 2), (5, 33)]:
+        inputs = model.inputs(*rows)
+        assert error(compiled(*inputs), in_float64(model, *inputs)) < 1e-5
+    # one for `compiled`; each in_float64 is a compile of its own
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1 + 4
+
+
+@pytest.mark.parametrize("order", ["x first", "w first"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_square_result_in_either_order_of_scales(order: str, dtype: torch.dtype) -> None:
+    """M == N: a swapped pair of scales would fit, and be wrong."""
+
+    class Square(Written):
+        def forward(self, q: Tensor, xs: Tensor) -> Tensor:
+            y = torch._int_mm(q, self.w.t()).to(self.dtype)
+            return self.plus_bias(y * xs * self.ws if order == "x first" else y * self.ws * xs)
+
+    model = Square(48, 64, dtype, True)
+    inputs = model.inputs(48)
+    result, report = compile_and_run(model, *inputs)
+    assert len(report.matches) == 1
+    assert_no_worse(result, model, *inputs)
+
+
+def test_shared_activation_and_tied_weight() -> None:
+    """q, k and v share the quantized activation; two of them share the weight as well."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = nn.Linear(64, 48), nn.Linear(64, 32, bias=False)
+            producers.quantize_(self, producers.Int8DynamicActivationInt8WeightConfig())
+            self.v = self.k
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return self.q(x), self.k(x), self.v(x).relu()
+
+    model, x = Attention(), torch.randn(2, 5, 64)
+    with fresh_cache():
+        result, (code,) = run_and_get_code(torch.compile(model), x)
+    assert_no_worse(result, model, x)
+    activations, weights = zip(*re.findall(r"qfuse_onednn_int8_matmul\((\w+), (\w+),", code), strict=True)
+    assert len(activations) == 3
+    assert len(set(activations)) == 1  # quantized once
+    assert len(set(weights)) == 2  # the tied pair has one packed weight
+    assert len(trace(model, x).report.matches) == 3
+
+
+def _ops(model: Written) -> str:
+    traced = trace(model, *model.inputs(2, 5))
+    return "\n".join(["before:", *traced.before, "", "after:", *traced.after])
+
+
+def test_ops_t2() -> None:
+    assert_expected_inline(_ops(T2(48, 64, torch.bfloat16, True)), """\
+before:
+aten.view.default
+aten.permute.default
+aten._int_mm.default
+prims.convert_element_type.default
+aten.view.default
+aten.expand.default
+aten.mul.Tensor
+aten.mul.Tensor
+aten.view.default
+aten.add.Tensor
+
+after:
+aten.view.default
+aten.view.default
+prims.convert_element_type.default
+aten.add.Tensor
+prims.convert_element_type.default
+qfuse.pack_column_sums.default
+aten.reshape.default
+prims.convert_element_type.default
+prims.convert_element_type.default
+prims.convert_element_type.default
+qfuse.int8_linear.default
+aten.view.default""")
+
+
+def test_ops_t5() -> None:
+    assert_expected_inline(_ops(producers.T5(48, 64, torch.bfloat16, True)), """\
+before:
+aten.view.default
+aten.permute.default
+aten._int_mm.default
+prims.convert_element_type.default
+aten.view.default
+aten.expand.default
+aten.mul.Tensor
+aten.view.default
+aten.mul.Tensor
+aten.view.default
+aten.add.Tensor
+
+after:
+aten.view.default
+aten.view.default
+aten.view.default
+prims.convert_element_type.default
+aten.add.Tensor
+prims.convert_element_type.default
+qfuse.pack_column_sums.default
+aten.reshape.default
+prims.convert_element_type.default
+prims.convert_element_type.default
+prims.convert_element_type.default
+qfuse.int8_linear.default
+aten.view.default""")
+
+
+def test_ops_t7() -> None:
+    assert_expected_inline(_ops(T7(48, 64, torch.bfloat16, True)), """\
+before:
+aten.view.default
+prims.convert_element_type.default
+aten.add.Tensor
+prims.convert_element_type.default
+aten.permute.default
+aten.sum.dim_IntList
+aten.mul.Tensor
+aten.permute.default
+aten._int_mm.default
+aten.sub.Tensor
+prims.convert_element_type.default
+aten.view.default
+aten.mul.Tensor
+prims.convert_element_type.default
+aten.view.default
+aten.mul.Tensor
+aten.view.default
+aten.add.Tensor
+prims.convert_element_type.default
+
+after:
+aten.view.default
+prims.convert_element_type.default
+aten.add.Tensor
+prims.convert_element_type.default
+aten.view.default
+aten.view.default
+qfuse.pack_column_sums.default
+aten.reshape.default
+prims.convert_element_type.default
+qfuse.int8_linear.default
+aten.view.default""")
+
+
+def test_ops_t8() -> None:
+    assert_expected_inline(_ops(T8(48, 64, torch.bfloat16, True)), """\
+before:
+aten.view.default
+aten.permute.default
+aten._int_mm.default
+prims.convert_element_type.default
+aten.view.default
+aten.mul.Tensor
+prims.convert_element_type.default
+aten.view.default
+aten.mul.Tensor
+aten.view.default
+aten.add.Tensor
+prims.convert_element_type.default
+
+after:
+aten.view.default
+aten.view.default
+aten.view.default
+prims.convert_element_type.default
+aten.add.Tensor
+prims.convert_element_type.default
+qfuse.pack_column_sums.default
+aten.reshape.default
+prims.convert_element_type.default
+qfuse.int8_linear.default
+aten.view.default""")
+
+
+def test_ops_p1() -> None:
+    assert_expected_inline(_ops(producers.P1(48, 64, torch.bfloat16, False)), """\
+before:
+aten.view.default
+aten._int_mm.default
+prims.convert_element_type.default
+aten.view.default
+aten.mul.Tensor
+aten.mul.Tensor
+prims.convert_element_type.default
+aten.view.default
+
+after:
+aten.view.default
+aten.view.default
+prims.convert_element_type.default
+aten.add.Tensor
+prims.convert_element_type.default
+aten.permute.default
+qfuse.pack_column_sums.default
+aten.reshape.default
+aten.reshape.default
+qfuse.int8_linear.default
+aten.view.default""")
+
+
+def test_ops_p2() -> None:
+    assert_expected_inline(_ops(producers.P1(48, 64, torch.bfloat16, True)), """\
+before:
+aten.view.default
+aten._int_mm.default
+prims.convert_element_type.default
+aten.view.default
+aten.mul.Tensor
+aten.addcmul.default
+prims.convert_element_type.default
+aten.view.default
+
+after:
+aten.view.default
+aten.view.default
+prims.convert_element_type.default
+aten.add.Tensor
+prims.convert_element_type.default
+aten.permute.default
+qfuse.pack_column_sums.default
+aten.reshape.default
+aten.reshape.default
+qfuse.int8_linear.default
+aten.view.default""")
+
+
+# --- what must not fuse, or only in part: it compiles, is right, and the reason is told ------------------------------
+
+
+class Hostile(Written):
+    """A float32 linear whose forward a test writes."""
+
+    def __init__(self, forward: Callable[..., Any], n: int = 48, k: int = 64) -> None:
+        super().__init__(n, k, torch.float32, True)
+        self.written = forward
+
+    def forward(self, *args: Tensor) -> Any:
+        return self.written(self, *args)
+
+
+def _accumulator(s: Written, q: Tensor) -> Tensor:
+    return torch._int_mm(q, s.w.t())
+
+
+def _shifted(s: Written, q: Tensor) -> Tensor:
+    return torch._int_mm((q.int() + 128).to(torch.uint8), s.w.t())
+
+
+NEGATIVES: dict[str, tuple[Callable[..., Any], str]] = {
+    "accumulator used elsewhere": (
+        lambda s, q, xs: ((acc := _accumulator(s, q)).float() * xs * s.ws, acc.sum(0)),
+        "used by 2 nodes",
+    ),
+    "accumulator returned": (
+        lambda s, q, xs: ((acc := _accumulator(s, q)).float() * xs * s.ws, acc),
+        "used by 2 nodes",
+    ),
+    "never scaled": (lambda s, q, xs: _accumulator(s, q).float().relu(), "aten.relu.default"),
+    "transposed before it is scaled": (lambda s, q, xs: _accumulator(s, q).t().float() * s.ws[0], "aten.permute"),
+    "reshaped across columns": (
+        lambda s, q, xs: _accumulator(s, q).view(-1, 24).float() * s.ws[:24],
+        "the last dimension is no longer N",
+    ),
+    "constant subtracted from the accumulator": (
+        lambda s, q, xs: (_shifted(s, q) - s.w.sum(1, dtype=torch.int32) * 128 - 1).float() * xs * s.ws,
+        "subtracted from something",
+    ),
+    "compensation of another weight": (
+        lambda s, q, xs: (_shifted(s, q) - (s.w + 1).sum(1, dtype=torch.int32) * 128).float() * xs * s.ws,
+        "not a multiple of the weight's column sums",
+    ),
+    "compensation over rows": (
+        lambda s, q, xs: (_shifted(s, q) - s.w.sum(1, dtype=torch.int32)[: q.shape[0], None] * 128).float() * xs,
+        "does not vary over columns alone",
+    ),
+    "compensation in int8": (
+        lambda s, q, xs: (_shifted(s, q) - s.w.sum(1, dtype=torch.int8)).float() * xs * s.ws,
+        "not a multiple of the weight's column sums",
+    ),
+    "compensation subtracted twice over": (
+        lambda s, q, xs: torch.sub(_shifted(s, q), s.w.sum(1, dtype=torch.int32) * 64, alpha=2).float() * xs,
+        "alpha",
+    ),
+    "scale of every element": (
+        lambda s, q, xs: _accumulator(s, q).float() * (xs * s.ws + 1),
+        "varies over neither rows nor columns",
+    ),
+    "scale that adds a dimension": (
+        lambda s, q, xs: _accumulator(s, q).float() * s.ws.view(1, 1, -1).expand(2, 1, -1),
+        "changes the shape",
+    ),
+    "scale in float64": (lambda s, q, xs: _accumulator(s, q).float() * xs.double() * s.ws, "float64"),
+    "integer scale": (lambda s, q, xs: (_accumulator(s, q) * 2).float().relu(), "integer scale"),
+    "squared": (lambda s, q, xs: (f := _accumulator(s, q).float()) * f, "combined with itself"),
+    "residual before the scale": (
+        lambda s, q, xs: (_accumulator(s, q).float() + s.b) * xs * s.ws,
+        "added before the first scale",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NEGATIVES)
+def test_declines(name: str) -> None:
+    forward, reason = NEGATIVES[name]
+    model = Hostile(forward)
+    inputs = model.inputs(7)
+    result, report = compile_and_run(model, *inputs)
+    assert not report.matches
+    assert [reason in miss.reason for miss in report.misses] == [True], report.misses
+    assert report.misses[0].source
+    assert_no_worse(result, model, *inputs)
+
+
+PARTIAL: dict[str, Callable[..., Any]] = {
+    "result used twice": lambda s, q, xs: (y := _accumulator(s, q).float() * xs * s.ws, y.relu() + 1),
+    "intermediate used twice": lambda s, q, xs: ((p := _accumulator(s, q).float() * xs) * s.ws, p - 1),
+    "residual": lambda s, q, xs: _accumulator(s, q).float() * xs * s.ws + q[:, :48],
+    "bias that varies over rows": lambda s, q, xs: _accumulator(s, q).float() * xs * s.ws + xs,
+    "scaled after the bias": lambda s, q, xs: (_accumulator(s, q).float() * xs + s.b) * s.ws,
+    "bias with alpha": lambda s, q, xs: torch.add(_accumulator(s, q).float() * xs, s.b, alpha=2),
+    "addcmul with value": lambda s, q, xs: torch.addcmul(s.b, _accumulator(s, q).float() * xs, s.ws, value=2),
+    "float64 at the end": lambda s, q, xs: (_accumulator(s, q).float() * xs * s.ws).double() + 1,
+    "transposed at the end": lambda s, q, xs: (_accumulator(s, q).float() * xs * s.ws).t().contiguous(),
+    "no compensation": lambda s, q, xs: _shifted(s, q).float() * xs * s.ws,
+    "zero point of 3": lambda s, q, xs: (_shifted(s, q) - 3 * s.w.sum(1, dtype=torch.int32)).float() * xs,
+    "negative zero point": lambda s, q, xs: (_accumulator(s, q) - -s.w.int().sum(1).int()).float() * xs,
+    "numbers for scales": lambda s, q, xs: _accumulator(s, q).float() * 0.25 * s.ws + 1.5,
+    "two scales a column": lambda s, q, xs: _accumulator(s, q).float() * s.ws * s.ws[0] * (s.ws + 1) * xs,
+}
+
+
+@pytest.mark.parametrize("name", PARTIAL)
+def test_fuses_as_far_as_it_is_right(name: str) -> None:
+    model = Hostile(PARTIAL[name])
+    inputs = model.inputs(7)
+    result, report = compile_and_run(model, *inputs)
+    assert len(report.matches) == 1, report.misses
+    assert_no_worse(result, model, *inputs)
+
+
+def test_constant_compensation() -> None:
+    """Producers may have folded the column sums already; then their values are compared."""
+
+    class Folded(T8):
+        def __init__(self, offset: int) -> None:
+            super().__init__(48, 64, torch.float32, True)
+            self.register_buffer("compensation", 128 * self.w.sum(1, dtype=torch.int32) + offset)
+
+        def forward(self, q: Tensor, xs: Tensor) -> Tensor:
+            u = (q.to(torch.int32) + 128).to(torch.uint8)
+            return (torch._int_mm(u, self.w.t()) - self.compensation).float() * xs * self.ws.view(-1)
+
+    for offset in (0, 1):
+        model = Folded(offset)
+        inputs = model.inputs(7)
+        result, report = compile_and_run(model, *inputs)
+        assert len(report.matches) == 1 - offset
+        assert len(report.misses) == offset
+        assert_no_worse(result, model, *inputs)
+
+
+def test_live_weight() -> None:
+    def linear(q: Tensor, w: Tensor, xs: Tensor) -> Tensor:
+        return torch._int_mm(q, w.t()).float() * xs
+
+    inputs = (quantized(7, 64), quantized(48, 64), torch.rand(7, 1))
+    result, report = compile_and_run(linear, *inputs)
+    (miss,) = report.misses
+    assert "the weight is not a constant" in miss.reason
+    assert "parameter or a buffer" in miss.hint
+    assert_no_worse(result, linear, *inputs)
+
+
+def test_weight_changed_in_forward() -> None:
+    """Freezing leaves a mutated buffer alone; a packed copy of it would be stale at the second call."""
+
+    class Changing(Written):
+        def forward(self, q: Tensor, xs: Tensor) -> Tensor:
+            y = torch._int_mm(q, self.w.t()).float() * xs * self.ws
+            self.w.add_(1)
+            return y
+
+    model = Changing(48, 64, torch.float32, False)
+    model.w.clamp_(-100, 100)
+    q, xs = model.inputs(7)
+    torch._dynamo.reset()
+    compiled = torch.compile(model)
+    for _ in range(3):
+        expected = (q.double() @ model.w.double().t()) * xs * model.ws
+        assert error(compiled(q, xs), expected) < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(0, 64, 48), (7, 0, 48), (7, 64, 0)], ids=str)
+def test_empty(shape: tuple[int, int, int]) -> None:
+    m, k, n = shape
+    model = Hostile(lambda s, q, xs: _accumulator(s, q).float() * xs * s.ws + s.b, n, k)
+    inputs = model.inputs(m)
+    result, report = compile_and_run(model, *inputs)
+    assert result.shape == (m, n)
+    assert torch.equal(result, model.b.expand(m, n))
+    assert ["empty" in miss.reason for miss in report.misses] == [True]
+
+
+def test_batch_that_becomes_empty_and_single() -> None:
+    """With a symbolic batch the same model is called with M = 0 and M = 1 as well."""
+    model = T7(48, 64, torch.float32, True)
+    compiled = torch.compile(model, dynamic=True)
+    for m in (5, 0, 1, 9):
+        inputs = model.inputs(m)
+        result = compiled(*inputs)
+        assert result.shape == (m, 48)
+        assert error(result, in_float64(model, *inputs)) < 1e-5
+
+
+def test_overflowing_sum() -> None:
+    model = Hostile(lambda s, q, xs: _accumulator(s, q).float() * xs, 4, 65794)
+    report = trace(model, *model.inputs(2)).report
+    assert "overflow" in report.misses[0].reason
+
+
+def test_gradients() -> None:
+    """A training graph, and a graph compiled without no_grad, are left alone; the user is told what to do."""
+    model = producers.TorchAO(48, 64, torch.float32, True)
+    (x,) = model.inputs(7)
+    with torch.enable_grad():
+        result, report = compile_and_run(model, x.requires_grad_())
+        result.sum().backward()
+    (miss,) = report.misses
+    assert "gradients" in miss.reason
+    assert "no_grad" in miss.hint
+    assert not report.matches
+    assert model.linear.bias.grad is not None
+
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    with torch.enable_grad():
+        result, report = compile_and_run(model, x.detach())
+    (miss,) = report.misses
+    assert "not a constant" in miss.reason
+    assert "no_grad" in miss.hint
+    assert_no_worse(result, model, x.detach())
