@@ -28,6 +28,8 @@ class Aten:
                 return f"aten._int_mm needs K and N divisible by 8 on CUDA, and they are {problem.k} and {problem.n}"
             if problem.x_dtype is not torch.int8:
                 return "aten._int_mm needs an int8 activation on CUDA"
+        elif problem.k == 1:
+            return "aten._int_mm reads out of bounds for K = 1 (torch 2.13)"
         elif not problem.weight_is_constant:
             return "the weight is not a constant: nothing would be gained over the graph as it is"
         return None

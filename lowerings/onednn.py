@@ -30,7 +30,8 @@ def onednn_int8_matmul(x: torch.Tensor, weight: torch.Tensor, w_scale: torch.Ten
     """
     if (packed := _packed.get(weight)) is None:
         packed = _packed[weight] = (
-            torch.ops.onednn.qlinear_prepack(weight, None),
+            # contiguous: of any other layout qlinear_prepack makes garbage (torch 2.13)
+            torch.ops.onednn.qlinear_prepack(weight.contiguous(), None),
             torch.zeros(w_scale.shape, dtype=torch.int32),
         )
     blocked, zero_points = packed
@@ -68,9 +69,8 @@ class OneDNN:
         if not isinstance(ir.InputsKernel.unwrap_storage_for_input(weight), ir.ConstantBuffer):
             # Packed once, it would go stale if it changed. Freezing has left alone what it was expected to freeze.
             return Aten().matmul(x, weight, column_sums, w_scale, x_zero_point)
-        x, weight, w_scale = (
-            ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(t)) for t in (x, weight, w_scale)
-        )
+        x, weight, w_scale = map(ir.ExternKernel.realize_input, (x, weight, w_scale))
+        x, w_scale = map(ir.ExternKernel.require_contiguous, (x, w_scale))
         size = [x.get_size()[0], weight.get_size()[0]]
         layout = ir.FixedLayout(x.get_device(), torch.float32, size)
         return _kernel.bind([x, weight, w_scale], layout, x_zero_point=x_zero_point).output_node()

@@ -121,7 +121,9 @@ def _ops(model: Written) -> str:
 
 
 def test_ops_t2() -> None:
-    assert_expected_inline(_ops(T2(48, 64, torch.bfloat16, True)), """\
+    assert_expected_inline(
+        _ops(T2(48, 64, torch.bfloat16, True)),
+        """\
 before:
 aten.view.default
 aten.permute.default
@@ -146,11 +148,14 @@ prims.convert_element_type.default
 prims.convert_element_type.default
 prims.convert_element_type.default
 qfuse.int8_linear.default
-aten.view.default""")
+aten.view.default""",
+    )
 
 
 def test_ops_t5() -> None:
-    assert_expected_inline(_ops(producers.T5(48, 64, torch.bfloat16, True)), """\
+    assert_expected_inline(
+        _ops(producers.T5(48, 64, torch.bfloat16, True)),
+        """\
 before:
 aten.view.default
 aten.permute.default
@@ -177,11 +182,14 @@ prims.convert_element_type.default
 prims.convert_element_type.default
 prims.convert_element_type.default
 qfuse.int8_linear.default
-aten.view.default""")
+aten.view.default""",
+    )
 
 
 def test_ops_t7() -> None:
-    assert_expected_inline(_ops(T7(48, 64, torch.bfloat16, True)), """\
+    assert_expected_inline(
+        _ops(T7(48, 64, torch.bfloat16, True)),
+        """\
 before:
 aten.view.default
 prims.convert_element_type.default
@@ -214,11 +222,14 @@ qfuse.pack_column_sums.default
 aten.reshape.default
 prims.convert_element_type.default
 qfuse.int8_linear.default
-aten.view.default""")
+aten.view.default""",
+    )
 
 
 def test_ops_t8() -> None:
-    assert_expected_inline(_ops(T8(48, 64, torch.bfloat16, True)), """\
+    assert_expected_inline(
+        _ops(T8(48, 64, torch.bfloat16, True)),
+        """\
 before:
 aten.view.default
 aten.permute.default
@@ -244,11 +255,14 @@ qfuse.pack_column_sums.default
 aten.reshape.default
 prims.convert_element_type.default
 qfuse.int8_linear.default
-aten.view.default""")
+aten.view.default""",
+    )
 
 
 def test_ops_p1() -> None:
-    assert_expected_inline(_ops(producers.P1(48, 64, torch.bfloat16, False)), """\
+    assert_expected_inline(
+        _ops(producers.P1(48, 64, torch.bfloat16, False)),
+        """\
 before:
 aten.view.default
 aten._int_mm.default
@@ -270,11 +284,14 @@ qfuse.pack_column_sums.default
 aten.reshape.default
 aten.reshape.default
 qfuse.int8_linear.default
-aten.view.default""")
+aten.view.default""",
+    )
 
 
 def test_ops_p2() -> None:
-    assert_expected_inline(_ops(producers.P1(48, 64, torch.bfloat16, True)), """\
+    assert_expected_inline(
+        _ops(producers.P1(48, 64, torch.bfloat16, True)),
+        """\
 before:
 aten.view.default
 aten._int_mm.default
@@ -296,7 +313,8 @@ qfuse.pack_column_sums.default
 aten.reshape.default
 aten.reshape.default
 qfuse.int8_linear.default
-aten.view.default""")
+aten.view.default""",
+    )
 
 
 # --- what must not fuse, or only in part: it compiles, is right, and the reason is told ------------------------------

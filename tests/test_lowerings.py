@@ -1,0 +1,260 @@
+"""Each lowering of `qfuse::int8_linear` against the reference semantics, for every class of problem, and what really ran."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+from support import compile_and_run, quantized
+from torch import Tensor, nn
+from torch._inductor.utils import fresh_cache, run_and_get_code
+
+import qfuse
+from qfuse.isa import ACTIVATION_DTYPE, Isa, cpu_isa
+from qfuse.lowerings import INT8_LINEAR, choose
+from qfuse.problem import Problem
+from qfuse.reasons import Decline
+
+LOWERINGS = [p.name for p in INT8_LINEAR["cpu"]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A class of problems: sizes are set by the test."""
+
+    x_dtype: torch.dtype
+    out_dtype: torch.dtype
+    x_zero_point: int
+    x_scale: str  # "row" or "tensor"
+    w_scale: str  # "column" or "tensor"
+    bias: torch.dtype | None
+
+
+CASES = [
+    Case(*c)
+    for c in itertools.product(
+        [torch.uint8],
+        [torch.float32, torch.bfloat16, torch.float16],
+        [0, 128, 3],
+        ["row", "tensor"],
+        ["column", "tensor"],
+        [None, torch.float32, torch.bfloat16],
+    )
+] + [Case(torch.int8, torch.float32, z, "row", "column", torch.float32) for z in (0, -5)]
+
+
+class Linears(nn.Module):
+    """One `qfuse::int8_linear` for each case, all compiled together."""
+
+    def __init__(self, cases: list[Case], k: int, n: int, lowering: str) -> None:
+        super().__init__()
+        self.cases, self.lowering = cases, lowering
+        for i, case in enumerate(cases):
+            self.register_buffer(f"w{i}", quantized(n, k))
+            self.register_buffer(f"ws{i}", torch.rand(n if case.w_scale == "column" else 1) / 100)
+            self.register_buffer(f"b{i}", None if case.bias is None else torch.randn(n).to(case.bias))
+
+    def inputs(self, m: int, k: int) -> list[Tensor]:
+        return [
+            tensor
+            for case in self.cases
+            for tensor in (quantized(m, k, case.x_dtype), torch.rand(m if case.x_scale == "row" else 1) / 10)
+        ]
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        results = []
+        for i, case in enumerate(self.cases):
+            x, xs = inputs[2 * i : 2 * i + 2]
+            w, ws, b = (
+                self.get_buffer(f"{name}{i}") if name != "b" else getattr(self, f"b{i}") for name in ("w", "ws", "b")
+            )
+            sums = torch.ops.qfuse.pack_column_sums(w)
+            results.append(
+                torch.ops.qfuse.int8_linear(x, w, sums, xs, ws, b, case.x_zero_point, case.out_dtype, self.lowering)
+            )
+        return tuple(results)
+
+
+def _assert_equal_up_to_order(result: Tensor, reference: Tensor) -> None:
+    """The two differ by the order of two multiplications in float32, and by one rounding to the result's dtype."""
+    assert result.dtype is reference.dtype
+    assert result.shape == reference.shape
+    tolerance = 4 * torch.finfo(torch.float32).eps + (
+        torch.finfo(result.dtype).eps if result.dtype is not torch.float32 else 0
+    )
+    largest = reference.double().abs().max() if reference.numel() else torch.tensor(1.0)
+    torch.testing.assert_close(result.double(), reference.double(), rtol=tolerance, atol=float(1e-6 * largest))
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_every_class_of_problem(lowering: str) -> None:
+    model = Linears(CASES, 67, 33, lowering)
+    inputs = model.inputs(19, 67)
+    results = torch.compile(model)(*inputs)
+    for case, result, reference in zip(CASES, results, model(*inputs), strict=True):
+        try:
+            _assert_equal_up_to_order(result, reference)
+        except AssertionError as e:
+            raise AssertionError(case) from e
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_sizes(lowering: str, dynamic: bool) -> None:
+    """Odd K and N, one row, one column, no rows, and more than one cache block."""
+    case = Case(torch.uint8, torch.float32, 128, "row", "column", torch.float32)
+    sizes = [(3, 1), (2, 5), (64, 48), (127, 129), (1030, 260)]
+    if lowering != "aten":
+        sizes += [(1, 1), (1, 5)]
+    models = nn.ModuleList(Linears([case], k, n, lowering) for k, n in sizes)
+
+    def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(m(x, xs)[0] for m, x, xs in zip(models, inputs[::2], inputs[1::2], strict=True))
+
+    compiled = torch.compile(run, dynamic=dynamic)
+    for m in (5, 1, 0, 130) if dynamic else (1, 37):
+        inputs = [t for (k, _), model in zip(sizes, models, strict=True) for t in model.inputs(m, k)]
+        for result, reference in zip(compiled(*inputs), run(*inputs), strict=True):
+            _assert_equal_up_to_order(result, reference)
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_strides(lowering: str) -> None:
+    """Activations, scales and weights in any layout."""
+
+    class Strided(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("w_columns", quantized(64, 48).t())
+            self.register_buffer("w_slice", quantized(48, 128)[:, ::2])
+            self.register_buffer("ws", torch.rand(96)[::2])
+
+        def forward(self, x_columns: Tensor, x_slice: Tensor, xs: Tensor) -> tuple[Tensor, ...]:
+            def linear(x: Tensor, w: Tensor) -> Tensor:
+                sums = torch.ops.qfuse.pack_column_sums(w)
+                return torch.ops.qfuse.int8_linear(x, w, sums, xs, self.ws, None, 128, torch.float32, lowering)
+
+            return linear(x_columns, self.w_columns), linear(x_slice, self.w_slice), linear(x_slice, self.w_columns)
+
+    model = Strided()
+    u8 = torch.uint8
+    inputs = quantized(64, 7, u8).t(), quantized(14, 192, u8)[::2, ::3], torch.rand(21)[::3]
+    for result, reference in zip(torch.compile(model)(*inputs), model(*inputs), strict=True):
+        _assert_equal_up_to_order(result, reference)
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_which_kernel_is_called(lowering: str) -> None:
+    case = Case(torch.uint8, torch.bfloat16, 128, "row", "column", torch.bfloat16)
+    model = Linears([case], 64, 48, lowering)
+    with fresh_cache():
+        _, (code,) = run_and_get_code(torch.compile(model), *model.inputs(9, 64))
+    assert code.count("extern_kernels.qfuse_onednn_int8_matmul(") == (lowering == "onednn")
+    assert code.count("extern_kernels._int_mm(") == (lowering == "aten")
+    assert "torch.ops.qfuse.int8_linear.default(" not in code  # the reference
+
+
+def test_a_failing_lowering_is_replaced_by_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object) -> None:
+        raise RuntimeError("broken on purpose")
+
+    case = Case(torch.uint8, torch.float32, 128, "row", "column", None)
+    model = Linears([case], 64, 48, "onednn")
+    inputs = model.inputs(9, 64)
+    monkeypatch.setattr(qfuse.lowerings.onednn.OneDNN, "matmul", broken)
+    with fresh_cache():
+        (result,), _ = compile_and_run(model, *inputs)
+    assert torch.equal(result, model(*inputs)[0])
+
+
+def test_packed_weight_lives_as_long_as_the_weight() -> None:
+    from qfuse.lowerings.onednn import _packed, onednn_int8_matmul
+
+    before = len(_packed)
+    weight = quantized(48, 64)
+    for _ in range(2):
+        onednn_int8_matmul(quantized(3, 64, torch.uint8), weight, torch.ones(48), 128)
+    assert len(_packed) == before + 1
+    del weight
+    assert len(_packed) == before
+
+
+def _problem(**facts: object) -> Problem:
+    defaults: dict[str, object] = {
+        "m": 5,
+        "k": 64,
+        "n": 48,
+        "x_dtype": torch.int8,
+        "out_dtype": torch.float32,
+        "device": torch.device("cpu"),
+        "isa": Isa.AVX512_VNNI,
+        "weight_is_constant": True,
+        "called_from_python": True,
+    }
+    return Problem(**(defaults | facts))  # type: ignore[arg-type]
+
+
+def _chosen(**facts: object) -> str:
+    choice = choose(_problem(**facts))
+    return choice.reason if isinstance(choice, Decline) else choice.name
+
+
+def test_choice() -> None:
+    assert _chosen() == "onednn"
+    assert _chosen(isa=Isa.AMX) == "onednn"
+    assert _chosen(isa=Isa.NONE) == "aten"
+    assert _chosen(called_from_python=False) == "aten"
+    assert "not a constant" in _chosen(weight_is_constant=False)
+    assert "K = 1" in _chosen(k=1, isa=Isa.NONE)
+    assert "none for device mps" in _chosen(device=torch.device("mps"))
+    cuda = torch.device("cuda")
+    assert _chosen(device=cuda, isa=Isa.NONE, m=17, weight_is_constant=False) == "aten"
+    assert "M > 16" in _chosen(device=cuda, isa=Isa.NONE, m=16)
+    assert "divisible by 8" in _chosen(device=cuda, isa=Isa.NONE, m=17, k=63)
+    assert "int8 activation" in _chosen(device=cuda, isa=Isa.NONE, m=17, x_dtype=torch.uint8)
+    with qfuse.config.patch(disabled_lowerings=["onednn"]):
+        assert _chosen() == "aten"
+    with qfuse.config.patch(disabled_lowerings=["onednn", "aten"]):
+        assert _chosen().count("disabled by qfuse.config.disabled_lowerings") == 2
+
+
+def test_signedness_by_isa() -> None:
+    """uint8 where only VNNI is, int8 where AMX is."""
+    onednn = INT8_LINEAR["cpu"][0]
+    assert onednn.activation_dtype(_problem(isa=Isa.AVX512_VNNI)) is torch.uint8
+    assert onednn.activation_dtype(_problem(isa=Isa.AVX_VNNI)) is torch.uint8
+    assert onednn.activation_dtype(_problem(isa=Isa.AMX)) is torch.int8
+
+
+# Every row of the producers', compiled and run, with oneDNN telling which implementation it chose.
+_VERBOSE = """
+import torch, producers, qfuse
+with torch.no_grad():
+    for row in producers.ROWS:
+        for dtype in (torch.float32, torch.bfloat16):
+            torch._dynamo.reset()
+            model = row.make(48, 64, dtype, True)
+            torch.compile(model)(*model.inputs(7))
+print("fused", sum(qfuse.stats().values()), "of", 2 * len(producers.ROWS))
+"""
+
+
+@pytest.mark.skipif(cpu_isa() not in ACTIVATION_DTYPE, reason="oneDNN has fast int8 only with VNNI or AMX")
+@pytest.mark.parametrize("isa", [None, "AVX2_VNNI"])
+def test_onednn_runs_no_reference_implementation(isa: str | None) -> None:
+    if isa == "AVX2_VNNI" and not torch.cpu.get_capabilities()["avx_vnni"]:
+        pytest.skip("the CPU has no AVX-VNNI")
+    env = os.environ | {"ONEDNN_VERBOSE": "1", "PYTHONPATH": os.path.dirname(__file__)}
+    env |= {} if isa is None else {"ONEDNN_MAX_CPU_ISA": isa}
+    run = subprocess.run([sys.executable, "-c", _VERBOSE], env=env, capture_output=True, text=True, check=True)
+    *_, last = run.stdout.splitlines()
+    assert last.split()[1] == last.split()[3]
+    matmuls = [line.split(",") for line in run.stdout.splitlines() if ",exec,cpu,matmul," in line]
+    implementations = {fields[6] for fields in matmuls}
+    assert implementations
+    assert not [i for i in implementations if "ref" in i], implementations
