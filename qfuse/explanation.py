@@ -9,7 +9,7 @@ import torch
 from torch.fx import GraphModule
 
 from qfuse.fusion_pass import FUSION_PASS
-from qfuse.inductor import compile_like_inductor
+from qfuse.inductor import compile_like_inductor, freezing
 from qfuse.records import recording
 from qfuse.report import Report
 
@@ -28,7 +28,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     def call(*args: Any, **kwargs: Any) -> Any:
         return model(*args, **kwargs)
 
-    with recording() as (matches, misses):
+    with freezing(), recording() as (matches, misses):
         torch.compile(call, backend=_trace_only)(*args, **kwargs)
     return Report(matches, misses)
 

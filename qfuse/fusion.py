@@ -52,7 +52,7 @@ def _shield(node: Node, constants: Constants) -> None:
     scales, whatever their shapes: results are wrong with the weight's scale first, and K = 0 ends the process
     (torch 2.13).
     """
-    if node.target is torch.ops.aten._int_mm.default and node.args[1] in constants:
+    if node.target is torch.ops.aten._int_mm.default and isinstance(w := node.args[1], Node) and w in constants:
         node.target = torch.ops.qfuse.int_mm.default
 
 

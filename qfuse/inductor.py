@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
@@ -24,6 +24,7 @@ __all__ = [
     "copy_origin",
     "emits_python",
     "fake_value",
+    "freezing",
     "freezing_by_default",
     "frozen_inputs",
     "install_pass",
@@ -82,9 +83,7 @@ def freezing_by_default(on: bool) -> None:
     if "TORCHINDUCTOR_FREEZING" in os.environ:
         return
     inductor_config._config["freezing"].default = on
-    # The dictionary of all options is cached with dirty flags, and a changed default is not seen by them.
-    inductor_config._mark_get_dict_dirty("freezing")
-    inductor_config._hash_dirty_var.set(True)
+    _forget_cached_options(["freezing"])
 
 
 def emits_python() -> bool:
@@ -154,20 +153,51 @@ def compile_like_inductor(
     """
     # The wrapper checks names and types of `options`, and knows the modes.
     chosen = torch._TorchCompileInductorWrapper(mode, options, None).config
+    ours = {name: chosen.pop(name) for name in (_PASS_SLOT, "freezing") if name in chosen}
     if graph_pass is not None:
-        before = get_custom_graph_passes(chosen.get(_PASS_SLOT, installed_passes()))
-        chosen[_PASS_SLOT] = before if graph_pass in before else (*before, graph_pass)
-        if "freezing" not in chosen and not _user_decided_freezing():
-            chosen["freezing"] = True
+        before = get_custom_graph_passes(ours.get(_PASS_SLOT, installed_passes()))
+        ours[_PASS_SLOT] = before if graph_pass in before else (*before, graph_pass)
+        ours = _freezing_unless_decided() | ours
     kwargs: dict[str, Any] = {} if inner_compile is None else {"inner_compile": inner_compile}
     from torch._inductor.compile_fx import compile_fx  # heavy: only when something is compiled
 
-    return cast(Callable[..., Any], compile_fx(gm, example_inputs, config_patches=chosen, **kwargs))
+    with _overridden(ours):
+        return cast(Callable[..., Any], compile_fx(gm, example_inputs, config_patches=chosen, **kwargs))
 
 
-def _user_decided_freezing() -> bool:
+@contextmanager
+def _overridden(values: dict[str, Any]) -> Iterator[None]:
+    """Set options in this thread for a while; those that were unset are unset afterwards.
+
+    `config.patch` leaves the previous value behind as if the user had set it, and would hide later changes of defaults.
+    """
+    variables = {name: inductor_config._config[name].user_override for name in values}
+    tokens = {name: variables[name].set(value) for name, value in values.items()}
+    try:
+        _forget_cached_options(values)
+        yield
+    finally:
+        for name, token in tokens.items():
+            variables[name].reset(token)
+        _forget_cached_options(values)
+
+
+def _forget_cached_options(names: Iterable[str]) -> None:
+    """Tell Inductor's config, which caches the dictionary of its options, that these changed behind its back."""
+    for name in names:
+        inductor_config._mark_get_dict_dirty(name)
+    inductor_config._hash_dirty_var.set(True)
+
+
+def freezing() -> AbstractContextManager[None]:
+    """Freeze in this thread for a while, unless the user has decided about freezing himself."""
+    return _overridden(_freezing_unless_decided())
+
+
+def _freezing_unless_decided() -> dict[str, Any]:
     override = inductor_config._config["freezing"].user_override.get()
-    return "TORCHINDUCTOR_FREEZING" in os.environ or override is not _UNSET_SENTINEL
+    decided = "TORCHINDUCTOR_FREEZING" in os.environ or override is not _UNSET_SENTINEL
+    return {} if decided else {"freezing": True}
 
 
 def fake_value(node: Node) -> Any:

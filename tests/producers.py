@@ -11,9 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from support import quantized
 from torch import Tensor, nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, PerRow, PerTensor, quantize_
+
+
+def quantized(m: int, k: int, dtype: torch.dtype = torch.int8) -> torch.Tensor:
+    """Return random integers over the whole range of `dtype`."""
+    info = torch.iinfo(dtype)
+    return torch.randint(info.min, info.max + 1, (m, k), dtype=dtype)
 
 
 class Written(nn.Module):

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -145,7 +149,16 @@ def assert_no_worse(result: Any, model: Model, *args: Any) -> None:
     assert error(result, exact) <= 1.05 * error(plain, exact) + 2 * torch.finfo(torch.float32).eps
 
 
-def quantized(m: int, k: int, dtype: torch.dtype = torch.int8) -> torch.Tensor:
-    """Return random integers over the whole range of `dtype`."""
-    info = torch.iinfo(dtype)
-    return torch.randint(info.min, info.max + 1, (m, k), dtype=dtype)
+def run_python(code: str, *, cwd: str | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a fresh process that finds the tests' modules, and insist that it succeeds."""
+    path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, "PYTHONPATH": path, **env},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done

@@ -10,8 +10,8 @@ import producers
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from producers import ROWS, T2, T7, T8, Row, Written
-from support import assert_no_worse, compile_and_run, error, in_float64, quantized, trace
+from producers import ROWS, T2, T7, T8, Row, Written, quantized
+from support import assert_no_worse, compile_and_run, error, in_float64, trace
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache, run_and_get_code
 

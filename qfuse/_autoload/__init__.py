@@ -1,13 +1,10 @@
 """What torch loads of qfuse by itself, through entry points, before anybody has imported qfuse.
 
-Installed as the package `_qfuse_autoload`: `register_logs` runs inside every `import torch`, so it must be
+Installed as the package `_qfuse_autoload`. `register_logs` runs inside every `import torch`, so it must be
 light, must not import qfuse (that would switch fusion on) and must never raise (that would break torch).
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable, Sequence
-from typing import Any
 
 #: True while `backend="qfuse"` imports qfuse: that is not the user's `import qfuse`, and enables nothing.
 importing_for_backend = False
@@ -29,14 +26,3 @@ def register_logs() -> None:
             )
     except Exception:
         return  # logging is a convenience: without it torch must still import
-
-
-def backend(gm: Any, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
-    """Compile like `backend="inductor"`, with qfuse on for this model only (see `qfuse.backend`)."""
-    global importing_for_backend
-    importing_for_backend = True
-    try:
-        from qfuse.backend import compile_graph
-    finally:
-        importing_for_backend = False
-    return compile_graph(gm, example_inputs, **kwargs)

@@ -1,0 +1,94 @@
+"""Inductor's cache of compiled graphs: used across processes, and never for another qfuse."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from producers import T2
+from support import run_python
+
+import qfuse
+from qfuse.fusion_pass import FUSION_PASS
+
+_CODE = """
+import torch, qfuse
+{setup}
+from producers import TorchAO
+from torch._dynamo.utils import counters
+torch.manual_seed({seed})
+model = TorchAO(48, 64, torch.float32, True)
+x = torch.randn(7, 64)
+with torch.no_grad():
+    eager, result = model(x), torch.compile(model)(x)
+torch.testing.assert_close(result, eager, atol=1e-4, rtol=1e-4)
+print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_bypass"], qfuse.stats())
+"""
+
+
+def _run(cache: Path, setup: str = "", seed: int = 0, **env: str) -> str:
+    code = _CODE.format(setup=setup, seed=seed)
+    return run_python(code, TORCHINDUCTOR_CACHE_DIR=str(cache), **env).stdout.strip()
+
+
+FUSED = "{'int8.dynamic_per_token': 1}"
+
+
+def test_across_processes(tmp_path: Path) -> None:
+    assert _run(tmp_path) == f"0 0 {FUSED}"
+    assert _run(tmp_path) == f"1 0 {FUSED}"
+    # the same graph with other weights: the compiled code is shared, what is packed in it is not
+    assert _run(tmp_path, seed=1) == f"1 0 {FUSED}"
+    # other options, other code
+    assert _run(tmp_path, 'qfuse.config.disabled_lowerings = ["onednn"]') == f"0 0 {FUSED}"
+    assert _run(tmp_path, QFUSE="0") == "0 0 {}"
+
+
+def test_changed_source_is_another_key(tmp_path: Path) -> None:
+    """Any file of the package counts: a changed lowering must not be answered by the kernel of the old one."""
+    source = Path(__file__).parent.parent
+    package = tmp_path / "qfuse"
+    shutil.copytree(source / "qfuse", package)
+    for name in ("patterns", "lowerings"):
+        shutil.copytree(source / name, package / name)
+    shutil.copytree(source / "qfuse" / "_autoload", tmp_path / "_qfuse_autoload")
+    code = "import qfuse, qfuse.fusion_pass as f; print(qfuse.__file__, f.FUSION_PASS.uuid())"
+
+    def uuid() -> str:
+        path, key = run_python(f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}").stdout.split()
+        assert path.startswith(str(tmp_path))
+        return key
+
+    keys = [uuid(), uuid()]
+    for file in ("lowerings/onednn.py", "patterns/int8.py", "steps.py"):
+        (package / file).write_text((package / file).read_text() + "\n")
+        keys.append(uuid())
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 4
+
+
+def test_options_are_part_of_the_key() -> None:
+    key = FUSION_PASS.uuid()
+    with qfuse.config.patch(disabled_patterns=["int8.static_per_tensor"]):
+        assert FUSION_PASS.uuid() != key
+    assert FUSION_PASS.uuid() == key
+
+
+def test_instruction_set_is_part_of_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = FUSION_PASS.uuid()
+    monkeypatch.setattr("qfuse.fusion_pass.cpu_isa", lambda: qfuse.isa.Isa.AMX)
+    assert FUSION_PASS.uuid() != key
+
+
+def test_same_shape_other_weights_in_one_process() -> None:
+    """Frozen weights are known to the cache by their shapes alone, so nothing computed from them may be in the code."""
+    for seed in range(2):
+        torch.manual_seed(seed)
+        torch._dynamo.reset()
+        model = T2(48, 64, torch.float32, True)
+        q, xs = model.inputs(7)
+        result = torch.compile(model)(q, xs)
+        expected = (q.double() @ model.w.double().t()) * xs * model.ws + model.b
+        torch.testing.assert_close(result.double(), expected, rtol=1e-6, atol=1e-5)

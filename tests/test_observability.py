@@ -1,0 +1,166 @@
+"""What the user sees: explain, stats, TORCH_LOGS, the structured trace."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from producers import T2, TorchAO
+from support import run_python
+from torch import Tensor, nn
+from torch.fx.passes.graph_transform_observer import GraphTransformObserver
+
+import qfuse
+
+
+class Block(nn.Module):
+    """Two quantized linears, one of which has a result that nothing can be fused into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([TorchAO(48, 64, torch.float32, True), T2(48, 48, torch.float32, True)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layers[0](x)
+        accumulator = torch._int_mm(y.to(torch.int8), self.layers[1].w.t())
+        return accumulator.float() * accumulator
+
+
+def test_explain() -> None:
+    report = qfuse.explain(Block(), torch.randn(7, 64))
+    (match,), (miss,) = report.matches, report.misses
+    assert (match.pattern, match.lowering, match.shape) == ("int8.dynamic_per_token", "onednn", "7×64×48")
+    assert match.dtypes == "uint8 → float32"
+    assert match.module == "layers.0.linear"
+    assert re.search(r"producers\.py:\d+$", match.source)
+    assert miss.module == ""
+    assert re.search(r"test_observability\.py:\d+$", miss.source)
+    assert "used by 2 nodes" in miss.reason
+    text = str(report)
+    assert text.startswith("qfuse fused 1 of 2 quantized matmuls")
+    assert "layers.0.linear" in text
+    assert "used by 2 nodes" in text
+
+
+def test_explain_compiles_nothing_and_disturbs_nothing() -> None:
+    model, x = TorchAO(48, 64, torch.float32, True), torch.randn(7, 64)
+    compiled = torch.compile(model)
+    expected = compiled(x)
+    stats = qfuse.stats()
+    graphs = torch._dynamo.utils.counters["inductor"]["fxgraph_cache_miss"]
+    qfuse.explain(model, x)
+    assert torch._dynamo.utils.counters["inductor"]["fxgraph_cache_miss"] == graphs
+    assert qfuse.stats() == stats
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert torch.equal(compiled(x), expected)
+
+
+def test_explain_passes_on_the_models_error() -> None:
+    def broken(x: Tensor) -> Tensor:
+        raise ValueError("of the model")
+
+    with pytest.raises(ValueError, match="of the model"):
+        qfuse.explain(broken, torch.ones(3))
+
+
+def test_nothing_quantized() -> None:
+    report = qfuse.explain(nn.Linear(3, 4), torch.ones(2, 3))
+    assert str(report) == "qfuse fused 0 of 0 quantized matmuls"
+
+
+def test_stats() -> None:
+    assert qfuse.stats() == {}
+    torch.compile(Block())(torch.randn(7, 64))
+    assert qfuse.stats() == {"int8.dynamic_per_token": 1}
+    qfuse.reset_stats()
+    assert qfuse.stats() == {}
+
+
+def test_an_error_in_qfuse_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object) -> None:
+        raise RuntimeError("broken on purpose")
+
+    model = TorchAO(48, 64, torch.float32, True)
+    inputs = model.inputs(7)
+    expected = model(*inputs)
+    monkeypatch.setattr("qfuse.rewrite._scales", broken)
+    torch.testing.assert_close(torch.compile(model)(*inputs), expected, rtol=1e-4, atol=1e-4)
+    (miss,) = qfuse.explain(model, *inputs).misses
+    assert "internal error, please report it: RuntimeError('broken on purpose')" in miss.reason
+
+
+def test_bisector_finds_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, str | None]] = []
+    original = GraphTransformObserver.__init__
+
+    def spy(
+        self: GraphTransformObserver, gm: object, passname: str, subsystem: str | None = None, **kwargs: object
+    ) -> None:
+        seen.append((passname, subsystem))
+        original(self, gm, passname, subsystem, **kwargs)
+
+    monkeypatch.setattr(GraphTransformObserver, "__init__", spy)
+    qfuse.explain(T2(48, 64, torch.float32, True), *T2(48, 64, torch.float32, True).inputs(7))
+    assert ("qfuse.fuse", "joint_graph_passes") in seen
+
+
+_COMPILE = """
+import torch
+{before}
+import qfuse
+from test_observability import Block
+with torch.no_grad():
+    torch.compile(Block())(torch.randn(7, 64))
+"""
+
+
+def _log(logs: str) -> str:
+    return run_python(_COMPILE.format(before=""), TORCH_LOGS=logs).stderr
+
+
+def test_torch_logs() -> None:
+    info = _log("qfuse")
+    assert "qfuse fused 1 of 2 quantized matmuls" in info
+    assert "used by 2 nodes" in info
+    assert "stopped at" not in info
+    assert "stopped at" in _log("+qfuse")
+    table = _log("qfuse_matches")
+    assert "│ int8.dynamic_per_token │ onednn" in table
+    assert "not fused: " not in table
+
+
+def test_torch_logs_without_autoload() -> None:
+    """The names are registered at import as well."""
+    before = 'assert "qfuse" not in torch._logging._internal.log_registry.log_alias_to_log_qnames'
+    after = "torch._logging.set_logs(modules={'qfuse': 20})"
+    code = _COMPILE.format(before=before).replace("import qfuse\n", f"import qfuse\n{after}\n")
+    assert "qfuse fused 1 of 2" in run_python(code, TORCH_DEVICE_BACKEND_AUTOLOAD="0").stderr
+
+
+def test_import_torch_does_not_import_qfuse() -> None:
+    code = """
+        import sys, torch
+        assert "_qfuse_autoload" in sys.modules
+        assert "qfuse" not in sys.modules
+        assert "qfuse_matches" in torch._logging._internal.log_registry.artifact_names
+        assert "qfuse" in torch._dynamo.list_backends()
+    """
+    run_python(code)
+
+
+def test_structured_trace(tmp_path: Path) -> None:
+    run_python(_COMPILE.format(before=""), TORCH_TRACE=str(tmp_path))
+    (trace,) = tmp_path.iterdir()
+    lines = trace.read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if '"name": "qfuse_matches"' in line)
+    payload = []
+    for line in lines[start + 1 :]:
+        if not line.startswith("\t"):
+            break
+        payload.append(line)
+    records = json.loads("\n".join(payload))
+    assert [m["pattern"] for m in records["matches"]] == ["int8.dynamic_per_token"]
+    assert len(records["misses"]) == 1
