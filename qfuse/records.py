@@ -9,12 +9,16 @@ import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch.fx import Node
 
 from qfuse.inductor import fake_value
 from qfuse.normal_form import QLinear
 from qfuse.reasons import Decline
+
+#: Where qfuse's own code is; `explain` stands on the stack of what it traces.
+_PACKAGE = str(Path(__file__).parent)
 
 
 @dataclass(frozen=True)
