@@ -91,13 +91,9 @@ def _module(node: Node) -> str:
 
 def _source(node: Node) -> str:
     """Return file:line of the innermost frame of the user's code."""
-    frames = [
-        line.strip() for line in node.meta.get("stack_trace", "").splitlines() if line.strip().startswith("File ")
-    ]
-    if not frames:
-        return ""
-    _, path, rest = frames[-1].split('"', 2)
-    return f"{path}:{rest.split('line ', 1)[1].split(',', 1)[0]}"
+    frames = re.findall(r'File "(.+)", line (\d+)', node.meta.get("stack_trace", ""))
+    of_user = [f"{path}:{line}" for path, line in frames if not path.startswith(_PACKAGE)]
+    return of_user[-1] if of_user else ""
 
 
 class _Statistics:
