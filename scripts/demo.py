@@ -1,0 +1,64 @@
+"""Compile all-MiniLM-L6-v2 in int8 with and without qfuse, and compare speed and results.
+
+Three engines are compared, all compiled by Inductor with frozen weights: the model in bf16; that model with its
+linears quantized to int8 by torchao; and the same int8 model with qfuse. The reference is the model in fp32, not
+compiled. Everything is installed with the project: no network is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+
+def main() -> int:
+    """Run the demo and return the exit status."""
+    options = parse_options()
+    silence()
+    from demo_run import DemoError, run  # not before: --help needs nothing installed, and importing is noisy
+
+    try:
+        run(options.threads, options.rounds)
+    except DemoError as error:
+        print(f"qfuse: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def parse_options() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threads", type=at_least(1), metavar="N", help="threads to compute with (default: all cores)")
+    parser.add_argument(
+        "--rounds", type=at_least(2), metavar="N", default=60, help="timed calls of each engine (default: 60)"
+    )
+    return parser.parse_args()
+
+
+def at_least(lowest: int) -> Callable[[str], int]:
+    """Return a type for argparse: an integer that is not below `lowest`."""
+
+    def integer(text: str) -> int:
+        value = int(text)
+        if value < lowest:
+            raise argparse.ArgumentTypeError(f"{value} is less than {lowest}")
+        return value
+
+    return integer
+
+
+def silence() -> None:
+    """Turn off what other libraries say on import that has nothing to do with this run. Call it before them."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # the model is installed: do not ask the hub for a newer one
+    # torchao reports that its CUDA libraries do not load; torch, that torchao registers its enums the old way.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
