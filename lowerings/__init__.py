@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from qfuse import config
 from qfuse.lowerings.aten import Aten
 from qfuse.lowerings.onednn import OneDNN
-
-from qfuse import config
 from qfuse.problem import Problem
 from qfuse.provider import Provider
 from qfuse.reasons import Decline

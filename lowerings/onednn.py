@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from qfuse.lowerings.aten import Aten
 from torch._inductor import ir
 from torch._inductor.select_algorithm import ExternKernelChoice
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from qfuse.isa import ACTIVATION_DTYPE
+from qfuse.lowerings.aten import Aten
 from qfuse.problem import Problem
 
 #: weight → oneDNN's blocked copy of it, and zero points of the weight (there are none). A blocked tensor cannot be

@@ -1,7 +1,6 @@
 """The patterns, one family of producers' graphs a file, in the order in which they are tried."""
 
-from qfuse.patterns import int8
-
 from qfuse.family import Family
+from qfuse.patterns import int8
 
 FAMILIES: tuple[Family, ...] = (int8.FAMILY,)

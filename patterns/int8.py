@@ -8,7 +8,7 @@ from torch.fx import Node
 from qfuse.constants import Constants
 from qfuse.family import Anchor, Family, Pattern
 from qfuse.inductor import fake_value
-from qfuse.normal_form import Axis, QLinear, equal
+from qfuse.normal_form import Axis, QLinear, equal, transposed_input
 from qfuse.reasons import Decline
 from qfuse.steps import ALGEBRA
 
@@ -21,7 +21,7 @@ class IntMM(Anchor):
 
     targets = (torch.ops.aten._int_mm.default,)
 
-    def start(self, node: Node, constants: Constants) -> QLinear | Decline:
+    def start(self, node: Node, constants: Constants) -> QLinear | Decline | None:
         """See `Anchor.start`."""
         x, weight_t = node.args
         if not isinstance(x, Node) or not isinstance(weight_t, Node):
@@ -39,19 +39,31 @@ class IntMM(Anchor):
                 f"K = {k}: the int32 accumulator could overflow, and then no order of sums is the graph's",
                 node,
             )
-        return QLinear(anchor=node, value=node, x=x, weight_t=weight_t)
+        matrix = transposed_input(weight_t)
+        return QLinear(
+            anchor=node,
+            value=node,
+            x=x,
+            x_dtype=x_dtype,
+            weight=weight_t if matrix is None else matrix,
+            k_axis=0 if matrix is None else 1,
+        )
 
 
 def _per_token(form: QLinear, constants: Constants) -> bool:
     return bool(form.factors(Axis.ROW))
 
 
+def _per_token_asymmetric(form: QLinear, constants: Constants) -> bool:
+    return _per_token(form, constants) and form.is_asymmetric
+
+
 def _static(form: QLinear, constants: Constants) -> bool:
     return all(not isinstance(f.operand, Node) or f.operand in constants for f in form.scales)
 
 
-def _dynamic_per_tensor(form: QLinear, constants: Constants) -> bool:
-    return bool(form.factors(Axis.SCALAR))
+def _any(form: QLinear, constants: Constants) -> bool:
+    return True
 
 
 FAMILY = Family(
@@ -59,8 +71,9 @@ FAMILY = Family(
     anchors=(IntMM(),),
     steps=ALGEBRA,
     patterns=(
+        Pattern("int8.dynamic_per_token_asymmetric", "torchao, asymmetric activation", _per_token_asymmetric),
         Pattern("int8.dynamic_per_token", "torchao dynamic activation (PerRow), SDNQ", _per_token),
-        Pattern("int8.static_per_tensor", "torchao static activation", _static),
-        Pattern("int8.dynamic_per_tensor", "torchao dynamic activation (PerTensor)", _dynamic_per_tensor),
+        Pattern("int8.static_per_tensor", "torchao static activation, SmoothQuant", _static),
+        Pattern("int8.dynamic_per_tensor", "torchao dynamic activation (PerTensor)", _any),
     ),
 )

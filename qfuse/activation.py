@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qfuse import config
+from qfuse.config import is_enabled
 from qfuse.fusion_pass import FUSION_PASS
 from qfuse.inductor import freezing_by_default, install_pass, remove_pass
 
@@ -14,7 +14,7 @@ def enable() -> None:
     by `TORCHINDUCTOR_FREEZING` or `torch._inductor.config.freezing = ...`. Harmless when repeated. Does nothing with
     QFUSE=0.
     """
-    if config.enabled:
+    if is_enabled():
         install_pass(FUSION_PASS)
         freezing_by_default(True)
 

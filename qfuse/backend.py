@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from qfuse import config
+from qfuse.config import is_enabled
 from qfuse.fusion_pass import FUSION_PASS
 from qfuse.inductor import compile_like_inductor
 
@@ -27,5 +27,5 @@ def compile_graph(
     Raises:
         RuntimeError: for a mode or an option that Inductor does not know.
     """
-    graph_pass = FUSION_PASS if config.enabled else None
+    graph_pass = FUSION_PASS if is_enabled() else None
     return compile_like_inductor(gm, example_inputs, graph_pass=graph_pass, mode=mode, options=options)

@@ -25,16 +25,16 @@ _VIEWS = {
     aten.squeeze.dim,
     aten.squeeze.dims,
 }
-# In these the column sums are exact, so a conversion among them changes nothing: |Σk w| < 2^31 for any K we accept.
+# Column sums are exact in these for any K that we accept, and so are their multiples by |z| < 256.
 _WIDE = {torch.int32, torch.int64}
 
 
 def zero_point_of(correction: Node, form: QLinear, constants: Constants) -> int | None:
-    """Return z if `correction` is z · Σk weight_t[k, n] for every n (in the order of n), else None."""
+    """Return z if `correction` is z · Σk w[n, k] for every n (in the order of n), else None."""
     z = _multiple_of_column_sums(correction, form)
-    if z is None and correction in constants and form.weight_t in constants:
+    if z is None and correction in constants and form.weight in constants:
         with real_tensors():
-            z = _constant_multiple(constants.value(correction), constants.value(form.weight_t))
+            z = _constant_multiple(constants.value(correction), _as_k_by_n(constants.value(form.weight), form))
     return z
 
 
@@ -62,7 +62,7 @@ def _multiple_of_column_sums(node: Node, form: QLinear) -> int | None:
 
 def _is_weight_axis(w: Node, dim: int, form: QLinear) -> bool:
     """Tell whether `w` is the form's weight, possibly transposed or widened, with K at `dim`."""
-    stored, stored_k = _strip(form.weight_t, k_axis=0)
+    stored, stored_k = _strip(form.weight, form.k_axis)
     summed, summed_k = _strip(w, k_axis=dim % 2)
     return summed is stored and summed_k == stored_k
 
@@ -88,6 +88,10 @@ def _constant_multiple(correction: torch.Tensor, weight_t: torch.Tensor) -> int 
         return 0 if not correction.any() else None
     z = int(correction[nonzero[0]]) // int(sums[nonzero[0]])
     return z if torch.equal(correction, z * sums) else None
+
+
+def _as_k_by_n(weight: torch.Tensor, form: QLinear) -> torch.Tensor:
+    return weight if form.k_axis == 0 else weight.t()
 
 
 def is_column_shaped(correction: Node, form: QLinear) -> bool:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from torch.utils._config_module import Config, install_config_module
 
-# Fuse at all. The environment variable QFUSE=0 (or 1) has the last word.
+# Fuse at all. The environment variable QFUSE=0 (or 1) has the last word. Unlike `qfuse.disable()` this leaves freezing
+# on, and Inductor's own, unsound patterns for int8 matmuls off.
 enabled: bool = Config(default=True, env_name_force="QFUSE")
 
 # Names of patterns that are not fused, e.g. ["int8.dynamic_per_token"]; `qfuse.stats()` shows the names.
@@ -18,6 +19,13 @@ disabled_patterns: list[str] = []
 
 # Names of lowerings that are not chosen, e.g. ["onednn"].
 disabled_lowerings: list[str] = []
+
+
+def is_enabled() -> bool:
+    """Tell whether to fuse; in the environment, words are understood as well."""
+    value: object = sys.modules[__name__].enabled  # read through the installed module
+    return str(value).lower() not in ("false", "0", "off", "no", "")
+
 
 if TYPE_CHECKING:
     from torch.utils._config_typing import *  # noqa: F403

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
@@ -13,30 +15,49 @@ class Constants:
     """The nodes of a graph that freezing will fold, and their values."""
 
     def __init__(self, graph: Graph) -> None:
-        self._frozen = frozen_inputs(graph)
-        self._known: dict[Node, bool] = {}
+        self._graph = graph
+        self._values: dict[Node, Any] = dict(frozen_inputs(graph))
+        self._known = set(self._values)
+        for node in graph.nodes:
+            if self._is_constant(node):
+                self._known.add(node)
 
     def __contains__(self, node: Node) -> bool:
-        """Tell whether `node` is computed from frozen parameters alone."""
-        known = self._known.get(node)
-        if known is None:
-            known = self._known[node] = self._is_constant(node)
-        return known
+        """Tell whether `node` is computed from constants and frozen parameters alone."""
+        return node in self._known or self._is_constant(node)
 
     def _is_constant(self, node: Node) -> bool:
-        if node.op == "placeholder":
-            return node in self._frozen
-        if node.op != "call_function" or node.is_impure() or not self._frozen:
+        if node.op == "get_attr":
+            return True
+        if node.op != "call_function" or node.is_impure():
             return False
-        inputs = node.all_input_nodes
-        return bool(inputs) and all(i in self for i in inputs)
+        # what has no input, like a `full`, is a constant; what is random is impure
+        return all(i in self._known for i in node.all_input_nodes)
 
     def value(self, node: Node) -> torch.Tensor:
         """Compute the value of a constant node, inside `real_tensors`. `node in self` must hold."""
-        if node.op == "placeholder":
-            return self._frozen[node]
+        for needed in self._needed(node):
+            self._values[needed] = self._evaluate(needed)
+        value: torch.Tensor = self._values[node]
+        return value
+
+    def _needed(self, node: Node) -> list[Node]:
+        """Return what has to be computed for `node`, itself included, inputs first."""
+        needed: set[Node] = set()
+        waiting = [node]
+        while waiting:
+            if (one := waiting.pop()) not in needed and one not in self._values:
+                needed.add(one)
+                waiting += one.all_input_nodes
+        return [n for n in self._graph.nodes if n in needed]
+
+    def _evaluate(self, node: Node) -> Any:
+        if node.op == "get_attr":
+            value: Any = self._graph.owning_module
+            for name in str(node.target).split("."):
+                value = getattr(value, name)
+            return value
         target = node.target
         assert callable(target)
-        args, kwargs = map_arg((node.args, node.kwargs), self.value)
-        result: torch.Tensor = target(*args, **kwargs)
-        return result
+        args, kwargs = map_arg((node.args, node.kwargs), self._values.__getitem__)
+        return target(*args, **kwargs)

@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from qfuse.config import is_enabled
 from qfuse.fusion_pass import FUSION_PASS
-from qfuse.inductor import compile_like_inductor, freezing
+from qfuse.inductor import compile_like_inductor, freezing, with_fresh_code
 from qfuse.records import recording
 from qfuse.report import Report
+
+OFF = "qfuse is switched off (QFUSE, qfuse.config.enabled)"
 
 
 def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
@@ -24,13 +27,14 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         whatever the model itself raises.
     """
 
-    # A new function, so that dynamo's cache of `model` is neither read nor written.
+    # A function of its own, so that dynamo's cache of `model` is neither read nor written.
+    @with_fresh_code
     def call(*args: Any, **kwargs: Any) -> Any:
         return model(*args, **kwargs)
 
     with freezing(), recording() as (matches, misses):
         torch.compile(call, backend=_trace_only)(*args, **kwargs)
-    return Report(matches, misses)
+    return Report(matches, misses, note="" if is_enabled() else OFF)
 
 
 def _trace_only(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:

@@ -22,8 +22,8 @@ class Anchor(abc.ABC):
     targets: ClassVar[tuple[Target, ...]]
 
     @abc.abstractmethod
-    def start(self, node: Node, constants: Constants) -> QLinear | Decline:
-        """Return the form of `node` itself, or say why it is no quantized matmul."""
+    def start(self, node: Node, constants: Constants) -> QLinear | Decline | None:
+        """Return the form of `node` itself, say why it is none, or None if it has nothing to do with quantization."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from qfuse import config
 from qfuse.constants import Constants
 from qfuse.family import Anchor, Family
 from qfuse.inductor import is_training_graph, why_not_frozen
-from qfuse.match import walk
+from qfuse.match import Walk, walk
 from qfuse.problem import Problem
 from qfuse.reasons import Decline
 from qfuse.records import Match, Miss, match_record, miss_record
@@ -26,55 +26,63 @@ _TRAINING = Decline("the graph computes gradients", hint="compile and run the mo
 
 
 def fuse(graph: Graph) -> Report:
-    """Fuse the quantized linears of `graph`, in place, and report what was done. Never raises: what fails is a miss."""
+    """Fuse the quantized linears of `graph`, in place, and report what was done. What fails is a miss."""
     from qfuse.patterns import FAMILIES
 
     matches: list[Match] = []
     misses: list[Miss] = []
     constants = Constants(graph)
     training = is_training_graph(graph)
-    for family, anchor, node in list(_anchors(graph, FAMILIES)):
-        outcome = miss_record(node, family.name, _TRAINING) if training else _fuse_one(family, anchor, node, constants)
-        if isinstance(outcome, Match):
-            matches.append(outcome)
-        else:
-            misses.append(outcome)
-            _shield(node, constants)
+    for node, candidates in list(_anchors(graph, FAMILIES)):
+        outcomes = [_fuse_one(*candidate, node, constants, training) for candidate in candidates]
+        found = [o for o in outcomes if o is not None]
+        matches += [o for o in found if isinstance(o, Match)]
+        misses += [o for o in found if isinstance(o, Miss)]
     if matches:
         graph.eliminate_dead_code()
     return Report(matches, misses)
 
 
-def _shield(node: Node, constants: Constants) -> None:
-    """Hide an integer matmul that was declined from Inductor's own patterns.
+def shield(graph: Graph) -> None:
+    """Hide integer matmuls that were not fused from Inductor's own patterns.
 
     They run under freezing, which qfuse has switched on, and take any two multiplications behind an `_int_mm` for
     scales, whatever their shapes: results are wrong with the weight's scale first, and K = 0 ends the process
     (torch 2.13).
     """
-    if node.target is torch.ops.aten._int_mm.default and isinstance(w := node.args[1], Node) and w in constants:
-        node.target = torch.ops.qfuse.int_mm.default
+    constants = Constants(graph)
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten._int_mm.default):
+        if node.args[1] in constants:
+            node.target = torch.ops.qfuse.int_mm.default
 
 
-def _anchors(graph: Graph, families: tuple[Family, ...]) -> Iterator[tuple[Family, Anchor, Node]]:
-    by_target = {t: (family, anchor) for family in families for anchor in family.anchors for t in anchor.targets}
+def _anchors(graph: Graph, families: tuple[Family, ...]) -> Iterator[tuple[Node, list[tuple[Family, Anchor]]]]:
+    by_target: dict[object, list[tuple[Family, Anchor]]] = {}
+    for family in families:
+        for anchor in family.anchors:
+            for target in anchor.targets:
+                by_target.setdefault(target, []).append((family, anchor))
     for node in graph.nodes:
         if found := by_target.get(node.target):
-            yield *found, node
+            yield node, found
 
 
-def _fuse_one(family: Family, anchor: Anchor, node: Node, constants: Constants) -> Match | Miss:
+def _fuse_one(family: Family, anchor: Anchor, node: Node, constants: Constants, training: bool) -> Match | Miss | None:
     try:
-        return _match_and_replace(family, anchor, node, constants)
+        walked = walk(family, anchor, node, constants)
+        if walked is None:
+            return None
+        if training:
+            return miss_record(node, family.name, _TRAINING)
+        return _replace(family, node, walked, constants)
     except Exception as error:
         log.debug("qfuse failed at %s", node.format_node(), exc_info=True)
         return miss_record(node, family.name, Decline(f"internal error, please report it: {error!r}"))
 
 
-def _match_and_replace(family: Family, anchor: Anchor, node: Node, constants: Constants) -> Match | Miss:
+def _replace(family: Family, node: Node, walked: Walk, constants: Constants) -> Match | Miss:
     from qfuse.lowerings import choose
 
-    walked = walk(family, anchor, node, constants)
     log.debug("%s: %s stopped at %s: %s", family.name, node, walked.stop.node, walked.stop.reason)
     form = walked.form
     if form is None:

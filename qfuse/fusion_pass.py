@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.fx import Graph
 from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 
 from qfuse import config
+from qfuse.config import is_enabled
 from qfuse.inductor import trace_json
 from qfuse.isa import cpu_isa
 from qfuse.records import publish
@@ -27,17 +29,21 @@ class FusionPass(CustomGraphPass):
     """Runs `qfuse.fusion.fuse` on each joint graph."""
 
     def __call__(self, graph: Graph) -> None:
-        """Fuse the quantized linears of `graph` in place."""
-        if not config.enabled:
-            return
-        import qfuse.lowerings.int8_linear  # noqa: F401  registers lowerings; heavy, and needless before something compiles
-        from qfuse.fusion import fuse
+        """Fuse the quantized linears of `graph` in place. Whatever goes wrong, the compile goes on without qfuse."""
+        try:
+            self._run(graph)
+        except Exception:
+            log.warning("qfuse failed and leaves the graph as it is. Please report this.", exc_info=True)
 
-        assert graph.owning_module is not None
-        observer = GraphTransformObserver(graph.owning_module, "qfuse.fuse", subsystem="joint_graph_passes")
-        report: Report | None = observer.apply_graph_pass(fuse)
-        if report is not None and (report.matches or report.misses):
-            _tell(report)
+    def _run(self, graph: Graph) -> None:
+        from qfuse import fusion
+
+        _load_lowerings()
+        if is_enabled():
+            report: Report | None = _observed(graph, "qfuse.fuse", fusion.fuse)
+            if report is not None:
+                _tell(report)
+        _observed(graph, "qfuse.shield", fusion.shield)
 
     def uuid(self) -> Any:
         """Return what the compile cache's key needs: any change of qfuse's source, options or ISA is another compile.
@@ -45,8 +51,7 @@ class FusionPass(CustomGraphPass):
         Inductor asks for it also where a cached graph is loaded without this pass being run. That graph may call
         kernels which `qfuse.lowerings` registers, so they are registered here as well.
         """
-        import qfuse.lowerings.int8_linear  # noqa: F401
-
+        _load_lowerings()
         return f"qfuse-{source_hash()}-{config.get_hash().hex()}-{cpu_isa().value}"
 
     def __deepcopy__(self, memo: object) -> FusionPass:
@@ -68,6 +73,19 @@ def source_hash() -> str:
             if file.is_file() and "__pycache__" not in file.parts:
                 digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
+
+
+def _load_lowerings() -> None:
+    """Register the lowerings with Inductor: heavy, and needless before something is compiled."""
+    import qfuse.lowerings.int8_linear  # noqa: F401
+
+
+def _observed(graph: Graph, name: str, graph_pass: Callable[[Graph], Any]) -> Any:
+    """Run a pass so that it is timed, and can be left out by its name: by option, or by torch's compiler bisector."""
+    module = graph.owning_module
+    if module is None:
+        return graph_pass(graph)
+    return GraphTransformObserver(module, name, subsystem="joint_graph_passes").apply_graph_pass(graph_pass)
 
 
 def _tell(report: Report) -> None:

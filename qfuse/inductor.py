@@ -1,4 +1,4 @@
-"""Every private API of torch that qfuse reads or writes, outside of lowerings, in one place.
+"""The private APIs of torch that matching and activation rely on, in one place.
 
 `tests/test_inductor.py` notices when one of them changes its meaning.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from types import FunctionType
 from typing import Any, cast
 
 import torch
@@ -35,6 +36,7 @@ __all__ = [
     "statically_known_true",
     "trace_json",
     "why_not_frozen",
+    "with_fresh_code",
 ]
 
 inductor_config: Any = _inductor_config  # typed as a plain module, which has no `_config`
@@ -101,7 +103,8 @@ def is_training_graph(graph: Graph) -> bool:
 def frozen_inputs(graph: Graph) -> dict[Node, torch.Tensor]:
     """Return the inputs of `graph` that freezing will turn into constants, with their values.
 
-    Empty where Inductor does not freeze: freezing off, gradients enabled, or no model around the graph. The rule is
+    Empty where Inductor does not freeze: freezing off, gradients enabled, no model around the graph, or the graph of a
+    branch inside another (`torch.cond`), whose inputs are not the model's and have no descriptor. The rule is
     that of `torch._inductor.freezing.replace_params_with_constants`: parameters and buffers that the graph neither
     mutates nor returns as an alias.
     """
@@ -114,6 +117,8 @@ def frozen_inputs(graph: Graph) -> dict[Node, torch.Tensor]:
     kept = {out.base_idx for out in metadata.output_info}
     kept |= {i for i, info in enumerate(metadata.input_info) if info.mutation_type.name != "NOT_MUTATED"}
     inputs = graph.find_nodes(op="placeholder")
+    if any(node.meta.get("desc") is None for node in inputs):
+        return {}
     return {node: value for i, (node, value) in enumerate(zip(inputs, values, strict=False)) if i not in kept}
 
 
@@ -198,6 +203,13 @@ def _freezing_unless_decided() -> dict[str, Any]:
     override = inductor_config._config["freezing"].user_override.get()
     decided = "TORCHINDUCTOR_FREEZING" in os.environ or override is not _UNSET_SENTINEL
     return {} if decided else {"freezing": True}
+
+
+def with_fresh_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `function` with a code object of its own: dynamo caches, and limits recompiles, by code object."""
+    assert isinstance(function, FunctionType)
+    function.__code__ = function.__code__.replace()
+    return function
 
 
 def fake_value(node: Node) -> Any:

@@ -27,28 +27,34 @@ class Walk:
     stop: Decline
 
 
-def walk(family: Family, anchor: Anchor, node: Node, constants: Constants) -> Walk:
+def walk(family: Family, anchor: Anchor, node: Node, constants: Constants) -> Walk | None:
     """Follow the users of `node` while there is one and a step of `family` knows it.
 
     A value with several users ends the walk: they need it as it is. What is complete by then is fused all the same.
+    None if `node` has nothing to do with the family.
     """
-    steps = steps_by_target(family.steps)
     form = anchor.start(node, constants)
+    if form is None:
+        return None
     if isinstance(form, Decline):
         return Walk(None, None, form)
     complete: QLinear | None = None
     while True:
         if form.is_complete:
             complete = form
-        users = list(form.value.users)
-        if len(users) != 1:
-            return Walk(complete, form, Decline(f"used by {len(users)} nodes: {users}", form.value))
-        (user,) = users
-        step = steps.get(user.target)
-        if step is None:
-            what = "the graph's output" if user.op == "output" else str(user.target)
-            return Walk(complete, form, Decline(f"used by {what}, which is no part of a quantized linear", user))
-        following = step.apply(form, user, constants)
+        following = _next(form, family, constants)
         if isinstance(following, Decline):
             return Walk(complete, form, following)
         form = following
+
+
+def _next(form: QLinear, family: Family, constants: Constants) -> QLinear | Decline:
+    users = list(form.value.users)
+    if len(users) != 1:
+        return Decline(f"used by {len(users)} nodes: {users}", form.value)
+    (user,) = users
+    step = steps_by_target(family.steps).get(user.target)
+    if step is None:
+        what = "the graph's output" if user.op == "output" else str(user.target)
+        return Decline(f"used by {what}, which is no part of a quantized linear", user)
+    return step.apply(form, user, constants)

@@ -2,15 +2,17 @@
 
 Every int8 producer computes the same thing, written in a hundred ways:
 
-    y[m, n] = Σk (x[m, k] − x_zero_point) · w[n, k] · (scales of m, of n, of neither) + (biases of n)
+    y[m, n] = Σk (x[m, k] − x_zero_point) · w[n, k] · (scales of m, of n, of neither) + (offsets)
 
-A match is a value of `QLinear`. Steps (`qfuse.steps`) update it while the graph is walked from the integer matmul
-downwards; patterns name it; lowerings compute it.
+where an offset is a product of factors of m, of n, or of neither: a bias, or the term that removes a zero point, which
+is Σk w[n, k] times something of m. A match is a value of `QLinear`. Steps (`qfuse.steps`) update it while the graph is
+walked from the matmul downwards; patterns name it; lowerings compute it.
 """
 
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,11 +20,19 @@ from torch.fx import Node
 
 from qfuse.inductor import fake_value, statically_known_true
 
-aten = torch.ops.aten
+aten, prims = torch.ops.aten, torch.ops.prims
 
 Dim = int | torch.SymInt
-#: A factor or a summand: a tensor in the graph, or a number.
-Operand = Node | int | float
+
+
+class ColumnSums:
+    """Σk w[n, k], as an operand: [N]."""
+
+
+COLUMN_SUMS = ColumnSums()
+
+#: A factor: a tensor in the graph, a number, or the weight's column sums.
+Operand = Node | int | float | ColumnSums
 
 
 class Axis(enum.Enum):
@@ -34,47 +44,73 @@ class Axis(enum.Enum):
 
 
 @dataclass(frozen=True)
+class Range:
+    """The part of a dimension that a slice keeps, as `aten.slice` takes it."""
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
 class Factor:
-    """An operand together with what it varies over. ROW has M elements, COLUMN has N, SCALAR has one."""
+    """An operand together with what it varies over. ROW has M elements, COLUMN has N, SCALAR has one.
+
+    inverse: it divides. slices: what has been cut out of it, after it was applied.
+    """
 
     operand: Operand
     axis: Axis
+    inverse: bool = False
+    slices: tuple[Range, ...] = ()
+
+    def sliced(self, axis: Axis, kept: Range) -> Factor:
+        """Return what is left of this factor when the result is cut along `axis`."""
+        return replace(self, slices=(*self.slices, kept)) if self.axis is axis else self
+
+
+Product = tuple[Factor, ...]
 
 
 @dataclass(frozen=True)
 class QLinear:
     """A node of the graph, read as a quantized linear.
 
-    anchor: the integer matmul, [M, N] int32.
+    anchor: the matmul, [M, N].
     value: the node that this form equals, of shape (*rows, N) with the product of rows equal to M.
-    x: [M, K] int8 or uint8. weight_t: [K, N] int8, as the anchor takes it.
-    scales, biases: in the order of the graph.
+    x: (*rows, K), of dtype x_dtype, or float and proven to hold integers of that range. x_dtype: int8 or uint8.
+    weight: int8, [N, K] if k_axis is 1, [K, N] if it is 0.
+    scales: the factors of the integer sum. offsets: what is added to it, each a product.
     views: the nodes that changed the shape, in order, to be replayed on the result.
+    row_slices, column_slices: what was cut out of the result.
     """
 
     anchor: Node
     value: Node
     x: Node
-    weight_t: Node
+    x_dtype: torch.dtype
+    weight: Node
+    k_axis: int
     x_zero_point: int = 0
-    scales: tuple[Factor, ...] = ()
-    biases: tuple[Factor, ...] = ()
+    scales: Product = ()
+    offsets: tuple[Product, ...] = ()
     views: tuple[Node, ...] = ()
+    row_slices: tuple[Range, ...] = ()
+    column_slices: tuple[Range, ...] = ()
 
     @property
     def m(self) -> Dim:
-        """Rows of the activation; may be symbolic."""
-        return fake_value(self.x).shape[0]
+        """Rows of the result; may be symbolic."""
+        return math.prod(fake_value(self.value).shape[:-1])
 
     @property
     def k(self) -> Dim:
         """The dimension that is summed over."""
-        return fake_value(self.x).shape[1]
+        return fake_value(self.weight).shape[self.k_axis]
 
     @property
     def n(self) -> Dim:
         """Output features."""
-        return fake_value(self.weight_t).shape[1]
+        return fake_value(self.value).shape[-1]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -86,21 +122,39 @@ class QLinear:
         """Whether this is a dequantized result, and not an intermediate of one."""
         return self.dtype.is_floating_point and bool(self.scales)
 
-    def factors(self, axis: Axis) -> tuple[Factor, ...]:
+    @property
+    def is_asymmetric(self) -> bool:
+        """Whether a zero point that varies over rows, or is not known, is removed by an offset."""
+        return any(f.axis is Axis.ROW or f.operand is COLUMN_SUMS for offset in self.offsets for f in offset)
+
+    def factors(self, axis: Axis) -> Product:
         """Return the scales that vary over `axis`."""
         return tuple(f for f in self.scales if f.axis is axis)
 
     def scaled(self, factor: Factor, value: Node) -> QLinear:
         """Return the form of `value`, which is this one times `factor`."""
-        return replace(self, scales=(*self.scales, factor), value=value)
+        offsets = tuple((*offset, factor) for offset in self.offsets)
+        return replace(self, scales=(*self.scales, factor), offsets=offsets, value=value)
 
-    def biased(self, bias: Factor, value: Node) -> QLinear:
-        """Return the form of `value`, which is this one plus `bias`."""
-        return replace(self, biases=(*self.biases, bias), value=value)
+    def plus(self, offset: Product, value: Node) -> QLinear:
+        """Return the form of `value`, which is this one plus `offset`."""
+        return replace(self, offsets=(*self.offsets, offset), value=value)
 
     def viewed(self, value: Node) -> QLinear:
         """Return the form of `value`, which has the same elements in another shape."""
         return replace(self, views=(*self.views, value), value=value)
+
+    def sliced(self, axis: Axis, kept: Range, value: Node) -> QLinear:
+        """Return the form of `value`, a part of this one, which is [M, N], along `axis`."""
+        return replace(
+            self,
+            value=value,
+            views=(),
+            scales=tuple(f.sliced(axis, kept) for f in self.scales),
+            offsets=tuple(tuple(f.sliced(axis, kept) for f in offset) for offset in self.offsets),
+            row_slices=(*self.row_slices, kept) if axis is Axis.ROW else self.row_slices,
+            column_slices=(*self.column_slices, kept) if axis is Axis.COLUMN else self.column_slices,
+        )
 
 
 def equal(a: Dim, b: Dim) -> bool:
@@ -146,6 +200,32 @@ def unexpanded(operand: Operand) -> Operand:
     while isinstance(operand, Node) and operand.target is aten.expand.default:
         operand = operand.args[0]  # type: ignore[assignment]
     return operand
+
+
+def product_of(operand: Operand, value: Node) -> Product | None:
+    """Read `operand`, broadcast against `value`, as a product of factors of rows, of columns and of neither.
+
+    Conversions of the whole product are looked through: their rounding is not done.
+    """
+    operand = unexpanded(operand)
+    if isinstance(operand, Node) and not isinstance(fake_value(operand), torch.Tensor):
+        return None  # a symbolic number
+    if (axis := broadcast_axis(operand, value)) is not None:
+        return (Factor(operand, axis),)
+    assert isinstance(operand, Node)
+    match operand.target, operand.args:
+        case prims.convert_element_type.default, (Node() as inner, _) if fake_value(operand).dtype.is_floating_point:
+            return product_of(inner, value)
+        case aten.neg.default, (Node() as inner,):
+            negated = product_of(inner, value)
+            return None if negated is None else (MINUS_ONE, *negated)
+        case aten.mul.Tensor, (Node() | int() | float() as a, Node() | int() | float() as b):
+            left, right = product_of(a, value), product_of(b, value)
+            return None if left is None or right is None else (*left, *right)
+    return None
+
+
+MINUS_ONE = Factor(-1.0, Axis.SCALAR)
 
 
 def transposed_input(node: Node) -> Node | None:

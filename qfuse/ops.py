@@ -3,12 +3,15 @@
 `qfuse::pack_column_sums(weight) -> sums`
     Σk weight[n, k]: int8 [N, K] → int32 [N]. An op on the weight alone: freezing runs it once, at compile time.
 
-`qfuse::int8_linear(x, weight, column_sums, x_scale, w_scale, bias, x_zero_point, out_dtype, lowering) -> y`
-    y[m, n] = (Σk (x[m, k] − x_zero_point) · weight[n, k]) · x_scale[m] · w_scale[n] + bias[n], in float32 after the
-    exact integer sum, rounded once to `out_dtype`.
+`qfuse::int8_linear(x, weight, column_sums, x_scale, w_scale, bias, offset_rows, offset_columns, x_zero_point,
+out_dtype, lowering) -> y`
+    y[m, n] = (Σk (x[m, k] − x_zero_point) · weight[n, k]) · x_scale[m] · w_scale[n] + bias[n]
+              + Σi offset_rows[i][m] · offset_columns[i][n],
+    in float32 after the exact integer sum, rounded once to `out_dtype`.
 
     x: [M, K] int8 or uint8. weight: [N, K] int8. column_sums: [N] int32, as above.
     x_scale: [M] or [1] float32. w_scale: [N] or [1] float32. bias: [N] or [1], any float dtype, or None.
+    offset_rows, offset_columns: equally many, each [M], and [N] or [1], float32: they remove zero points of rows.
     lowering: the name of the lowering that was chosen when the graph was matched.
 
 `qfuse::int_mm(x, weight_t) -> y`
@@ -24,7 +27,7 @@ _library = torch.library.Library("qfuse", "DEF")
 _library.define("pack_column_sums(Tensor weight) -> Tensor")
 _library.define(
     "int8_linear(Tensor x, Tensor weight, Tensor column_sums, Tensor x_scale, Tensor w_scale, Tensor? bias, "
-    "int x_zero_point, ScalarType out_dtype, str lowering) -> Tensor"
+    "Tensor[] offset_rows, Tensor[] offset_columns, int x_zero_point, ScalarType out_dtype, str lowering) -> Tensor"
 )
 
 
@@ -59,6 +62,8 @@ def int8_linear_reference(
     x_scale: Tensor,
     w_scale: Tensor,
     bias: Tensor | None,
+    offset_rows: list[Tensor],
+    offset_columns: list[Tensor],
     x_zero_point: int,
     out_dtype: torch.dtype,
     lowering: str,
@@ -66,7 +71,11 @@ def int8_linear_reference(
     """Compute `qfuse::int8_linear`. The sum is taken in float64, where it is exact for every K that fits int32."""
     accumulator = (x.double() - x_zero_point) @ weight.double().t()
     y = accumulator.float() * x_scale.reshape(-1, 1) * w_scale
-    return (y if bias is None else y + bias).to(out_dtype)
+    if bias is not None:
+        y = y + bias
+    for rows, columns in zip(offset_rows, offset_columns, strict=True):
+        y = y + rows.reshape(-1, 1) * columns
+    return y.to(out_dtype)
 
 
 @torch.library.register_fake("qfuse::int8_linear", lib=_library)
@@ -77,6 +86,8 @@ def _int8_linear_fake(
     x_scale: Tensor,
     w_scale: Tensor,
     bias: Tensor | None,
+    offset_rows: list[Tensor],
+    offset_columns: list[Tensor],
     x_zero_point: int,
     out_dtype: torch.dtype,
     lowering: str,

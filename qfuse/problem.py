@@ -39,10 +39,10 @@ class Problem:
             m=form.m,
             k=int(form.k),
             n=int(form.n),
-            x_dtype=x.dtype,
+            x_dtype=form.x_dtype,
             out_dtype=form.dtype,
             device=x.device,
             isa=cpu_isa() if x.device.type == "cpu" else Isa.NONE,
-            weight_is_constant=form.weight_t in constants,
+            weight_is_constant=form.weight in constants,
             called_from_python=emits_python(),
         )

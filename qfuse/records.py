@@ -13,7 +13,6 @@ from pathlib import Path
 
 from torch.fx import Node
 
-from qfuse.inductor import fake_value
 from qfuse.normal_form import QLinear
 from qfuse.reasons import Decline
 
@@ -55,7 +54,7 @@ class Miss:
 
 def match_record(form: QLinear, pattern: str, lowering: str) -> Match:
     """Record that `form` was fused."""
-    x, out = str(fake_value(form.x).dtype), str(form.dtype)
+    x, out = form.x_dtype, form.dtype
     return Match(
         pattern=pattern,
         lowering=lowering,

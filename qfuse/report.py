@@ -16,10 +16,14 @@ from qfuse.records import Match, Miss
 
 @dataclass(frozen=True)
 class Report:
-    """What qfuse did with a model: `matches` and `misses`, in the order of the graph; `str()` is a table."""
+    """What qfuse did with a model: `matches` and `misses`, in the order of the graph; `str()` is a table.
+
+    note: what else the user should know.
+    """
 
     matches: Sequence[Match]
     misses: Sequence[Miss]
+    note: str = ""
 
     def __str__(self) -> str:
         out = io.StringIO()
@@ -31,7 +35,8 @@ class Report:
 
     def summary(self) -> str:
         """Return one line: how many of how many."""
-        return f"qfuse fused {len(self.matches)} of {len(self.matches) + len(self.misses)} quantized matmuls"
+        of = len(self.matches) + len(self.misses)
+        return f"qfuse fused {len(self.matches)} of {of} quantized matmuls" + f": {self.note}" * bool(self.note)
 
     def tables(self) -> Iterable[Table]:
         """Return a table of matches and one of misses, for a rich console; without those that are empty."""

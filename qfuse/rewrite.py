@@ -12,7 +12,18 @@ from torch.fx.node import Target, map_arg
 
 from qfuse.constants import Constants
 from qfuse.inductor import copy_origin, fake_value
-from qfuse.normal_form import Axis, Factor, QLinear, transposed_input
+from qfuse.normal_form import (
+    Axis,
+    ColumnSums,
+    Dim,
+    Factor,
+    Product,
+    QLinear,
+    Range,
+    equal,
+    same_shape,
+    transposed_input,
+)
 
 aten, prims, ops = torch.ops.aten, torch.ops.prims, torch.ops.qfuse
 
@@ -38,8 +49,8 @@ class Emitter:
         """Insert a conversion, unless `node` has the dtype."""
         return node if fake_value(node).dtype is dtype else self.call(prims.convert_element_type.default, node, dtype)
 
-    def reshape(self, node: Node, shape: Sequence[int]) -> Node:
-        """Insert a reshape, unless `node` has the rank."""
+    def reshape(self, node: Node, shape: Sequence[Dim]) -> Node:
+        """Insert a reshape, unless `node` has the rank; callers only remove dimensions, or flatten."""
         return node if len(fake_value(node).shape) == len(shape) else self.call(aten.reshape.default, node, list(shape))
 
     def take_back(self) -> None:
@@ -52,9 +63,9 @@ def replace_by_int8_linear(form: QLinear, lowering: str, x_dtype: torch.dtype, c
     """Compute `form.value` by `qfuse::int8_linear`, with an activation of `x_dtype`; all or nothing."""
     emit = Emitter(form.anchor.graph, form.value)
     try:
-        result = _int8_linear(emit, form, lowering, x_dtype, constants)
-        assert fake_value(result).shape == fake_value(form.value).shape
-        assert fake_value(result).dtype == fake_value(form.value).dtype
+        result = _Rewriter(emit, form, constants).result(lowering, x_dtype)
+        if not same_shape(result, form.value) or fake_value(result).dtype != form.dtype:
+            raise RuntimeError(f"{fake_value(result)} cannot replace {fake_value(form.value)}")
     except Exception:
         emit.take_back()
         raise
@@ -62,65 +73,113 @@ def replace_by_int8_linear(form: QLinear, lowering: str, x_dtype: torch.dtype, c
     form.value.replace_all_uses_with(result)
 
 
-def _int8_linear(emit: Emitter, form: QLinear, lowering: str, x_dtype: torch.dtype, constants: Constants) -> Node:
-    x, x_zero_point = _activation(emit, form, x_dtype)
-    weight = _weight(emit, form, constants)
-    sums = emit.call(ops.pack_column_sums.default, weight)
-    x_scale, w_scale = _scales(emit, form, constants)
-    bias = _combined(emit, form, aten.add.Tensor, form.biases, neutral=0.0) if form.biases else None
-    result = emit.call(
-        ops.int8_linear.default, x, weight, sums, x_scale, w_scale, bias, x_zero_point, form.dtype, lowering
-    )
-    for view in form.views:
-        result = emit.call(view.target, result, *view.args[1:], **view.kwargs)
-    return result
+class _Rewriter:
+    """Emits the canonical op of one form."""
 
+    def __init__(self, emit: Emitter, form: QLinear, constants: Constants) -> None:
+        self.emit, self.form, self.constants = emit, form, constants
+        self.weight = self._weight()
+        self.column_sums = emit.call(ops.pack_column_sums.default, self.weight)
 
-def _weight(emit: Emitter, form: QLinear, constants: Constants) -> Node:
-    """Return the weight as [N, K]; contiguous where freezing does the copy."""
-    weight = transposed_input(form.weight_t) or emit.call(aten.permute.default, form.weight_t, [1, 0])
-    if weight in constants and not fake_value(weight).is_contiguous():
-        return emit.call(aten.clone.default, weight, memory_format=torch.contiguous_format)
-    return weight
+    def result(self, lowering: str, x_dtype: torch.dtype) -> Node:
+        """Emit the op, and the views behind it."""
+        x, x_zero_point = self._activation(x_dtype)
+        x_scale, w_scale = self._by_side(self.form.scales)
+        bias, offset_rows, offset_columns = self._offsets()
+        result = self.emit.call(
+            ops.int8_linear.default,
+            x,
+            self.weight,
+            self.column_sums,
+            x_scale or self._one(),
+            w_scale or self._one(),
+            bias,
+            offset_rows,
+            offset_columns,
+            x_zero_point,
+            self.form.dtype,
+            lowering,
+        )
+        for view in self.form.views:
+            result = self.emit.call(view.target, result, *view.args[1:], **view.kwargs)
+        return result
 
+    def _weight(self) -> Node:
+        """Return the weight as [N, K]; contiguous where freezing does the copy."""
+        weight = self.form.weight
+        if self.form.k_axis == 0:
+            weight = transposed_input(weight) or self.emit.call(aten.permute.default, weight, [1, 0])
+        weight = self._cut(weight, self.form.column_slices)
+        if weight in self.constants and not fake_value(weight).is_contiguous():
+            return self.emit.call(aten.clone.default, weight, memory_format=torch.contiguous_format)
+        return weight
 
-def _activation(emit: Emitter, form: QLinear, dtype: torch.dtype) -> tuple[Node, int]:
-    """Return the activation and its zero point in the signedness that the lowering is fast in.
+    def _activation(self, dtype: torch.dtype) -> tuple[Node, int]:
+        """Return the activation, [M, K], and its zero point, in the signedness that the lowering is fast in.
 
-    x + 128 maps int8 onto uint8, and the zero point goes along. What is uint8 already stays so.
-    """
-    if fake_value(form.x).dtype is dtype or dtype is not torch.uint8:
-        return form.x, form.x_zero_point
-    wide = emit.convert(form.x, torch.int32)
-    shifted = emit.call(aten.add.Tensor, wide, 128)
-    return emit.convert(shifted, torch.uint8), form.x_zero_point + 128
+        x + 128 maps int8 onto uint8, and the zero point goes along. What is uint8 already stays so.
+        """
+        form, emit = self.form, self.emit
+        x = emit.reshape(emit.convert(form.x, form.x_dtype), [-1, form.k])
+        x = self._cut(x, form.row_slices)
+        if form.x_dtype is dtype or dtype is not torch.uint8:
+            return x, form.x_zero_point
+        shifted = emit.call(aten.add.Tensor, emit.convert(x, torch.int32), 128)
+        return emit.convert(shifted, torch.uint8), form.x_zero_point + 128
 
+    def _offsets(self) -> tuple[Node | None, list[Node], list[Node]]:
+        """Return the sum of what does not vary over rows, and the other offsets, each as rows times columns."""
+        bias: Node | None = None
+        rows, columns = [], []
+        for offset in self.form.offsets:
+            of_rows, of_columns = self._by_side(offset)
+            if of_rows is None or equal(fake_value(of_rows).shape[0], 1):
+                summand = self._times(of_rows, of_columns)
+                bias = summand if bias is None else self.emit.call(aten.add.Tensor, bias, summand)
+            else:
+                rows.append(of_rows)
+                columns.append(of_columns or self._one())
+        return bias, rows, columns
 
-def _scales(emit: Emitter, form: QLinear, constants: Constants) -> tuple[Node, Node]:
-    """Return x_scale and w_scale. Scalars go where they cost least: constants to the columns, others to the rows."""
-    rows, columns = list(form.factors(Axis.ROW)), list(form.factors(Axis.COLUMN))
-    for scalar in form.factors(Axis.SCALAR):
-        folds = not isinstance(scalar.operand, Node) or scalar.operand in constants
-        (columns if folds else rows).append(scalar)
-    combine = functools.partial(_combined, emit, form, aten.mul.Tensor, neutral=1.0)
-    return combine(rows), combine(columns)
+    def _by_side(self, product: Product) -> tuple[Node | None, Node | None]:
+        """Multiply the factors of rows, and those of columns, to a float32 vector each; None where there are none.
 
+        Scalars go where they cost least: constants to the columns, where freezing folds them, others to the rows.
+        """
+        rows: Node | None = None
+        columns: Node | None = None
+        for factor in sorted(product, key=lambda f: not isinstance(f.operand, Node | ColumnSums)):  # numbers last
+            live = isinstance(factor.operand, Node) and factor.operand not in self.constants
+            if factor.axis is Axis.ROW or (factor.axis is Axis.SCALAR and live):
+                rows = self._times(rows, factor)
+            else:
+                columns = self._times(columns, factor)
+        return rows, columns
 
-def _combined(
-    emit: Emitter, form: QLinear, op: torch._ops.OpOverload, factors: Sequence[Factor], neutral: float
-) -> Node:
-    """Combine operands to one float32 vector by `op`; [neutral] where there are none."""
-    vectors = [_vector(emit, f.operand) for f in factors if isinstance(f.operand, Node)]
-    numbers = [f.operand for f in factors if not isinstance(f.operand, Node)]
-    if not vectors:
-        device = fake_value(form.x).device
-        vectors = [emit.call(aten.full.default, [1], neutral, dtype=torch.float32, device=device)]
-    combined = vectors[0]
-    for operand in (*vectors[1:], *numbers):
-        combined = emit.call(op, combined, operand)
-    return combined
+    def _times(self, product: Node | None, factor: Factor | Node | None) -> Node:
+        if not isinstance(factor, Factor):
+            operands = [f for f in (product, factor) if f is not None]
+            return functools.reduce(functools.partial(self.emit.call, aten.mul.Tensor), operands or [self._one()])
+        operand = self._operand(factor)
+        if factor.inverse:
+            return self.emit.call(aten.div.Tensor, product or self._one(), operand)
+        if product is None:
+            return operand if isinstance(operand, Node) else self.emit.call(aten.mul.Tensor, self._one(), operand)
+        return self.emit.call(aten.mul.Tensor, product, operand)
 
+    def _operand(self, factor: Factor) -> Node | int | float:
+        """Return a factor as a float32 vector, or as a number."""
+        if isinstance(factor.operand, ColumnSums):
+            return self.emit.convert(self.column_sums, torch.float32)
+        if not isinstance(factor.operand, Node):
+            return factor.operand
+        vector = self.emit.convert(self.emit.reshape(factor.operand, [-1]), torch.float32)
+        return self._cut(vector, factor.slices)
 
-def _vector(emit: Emitter, operand: Node) -> Node:
-    """Flatten an operand that varies over one axis, to float32."""
-    return emit.convert(emit.reshape(operand, [-1]), torch.float32)
+    def _cut(self, node: Node, slices: Sequence[Range]) -> Node:
+        for kept in slices:
+            node = self.emit.call(aten.slice.Tensor, node, 0, kept.start, kept.end)
+        return node
+
+    def _one(self) -> Node:
+        return self.emit.call(aten.full.default, [1], 1.0, dtype=torch.float32, device=fake_value(self.form.x).device)

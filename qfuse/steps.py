@@ -8,7 +8,8 @@ step returns has to equal the graph's value for every input.
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import ClassVar
 
@@ -19,7 +20,16 @@ from torch.fx.node import Target
 from qfuse.compensation import is_column_shaped, zero_point_of
 from qfuse.constants import Constants
 from qfuse.inductor import fake_value
-from qfuse.normal_form import Axis, Factor, Operand, QLinear, broadcast_axis, equal, same_shape, unexpanded
+from qfuse.normal_form import (
+    MINUS_ONE,
+    Axis,
+    Product,
+    QLinear,
+    Range,
+    equal,
+    product_of,
+    same_shape,
+)
 from qfuse.reasons import Decline
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -38,8 +48,13 @@ class Step(abc.ABC):
         """Return the form of `node`, a user of `form.value`, or say why it has none."""
 
 
-def steps_by_target(steps: Iterable[Step]) -> dict[Target, Step]:
-    """Index `steps` by operator; each operator has one meaning."""
+@functools.cache
+def steps_by_target(steps: tuple[Step, ...]) -> dict[Target, Step]:
+    """Index `steps` by operator; each operator has one meaning.
+
+    Raises:
+        ValueError: two steps claim the same operator.
+    """
     table: dict[Target, Step] = {}
     for step in steps:
         for target in step.targets:
@@ -50,7 +65,7 @@ def steps_by_target(steps: Iterable[Step]) -> dict[Target, Step]:
 
 
 class Convert(Step):
-    """to(float)(v) = v, without the rounding: the fused op keeps float32 until its end."""
+    """to(float)(v) = v, without the rounding, and without the overflow to inf that float16 adds."""
 
     targets = (prims.convert_element_type.default,)
 
@@ -95,34 +110,81 @@ class Expand(Step):
         return Decline("the result is repeated by expand", node)
 
 
+class Slice(Step):
+    """v[a:b] or v[:, a:b]: a linear of fewer rows or fewer columns, where producers have padded the matmul."""
+
+    targets = (aten.slice.Tensor,)
+
+    def apply(self, form: QLinear, node: Node, constants: Constants) -> QLinear | Decline:
+        """See `Step.apply`."""
+        given = dict(zip(("dim", "start", "end", "step"), node.args[1:], strict=False)) | node.kwargs
+        dim, start, end = given.get("dim", 0), given.get("start", 0), given.get("end")
+        if given.get("step", 1) != 1 or not isinstance(start, int) or not isinstance(end, int):
+            return Decline("sliced by something else than numbers, or with a step", node)
+        if len(fake_value(form.value).shape) != 2:
+            return Decline("sliced while it has more than two dimensions", node)
+        axis = Axis.COLUMN if dim in (1, -1) else Axis.ROW
+        return form.sliced(axis, Range(start, end), node)
+
+
 class Multiply(Step):
-    """v · s, for a scale s that varies over rows, over columns, or over neither."""
+    """v · s, for a scale s that varies over rows, over columns, or over neither, or is a product of such."""
 
     targets = (aten.mul.Tensor, aten.mul.Scalar)
 
     def apply(self, form: QLinear, node: Node, constants: Constants) -> QLinear | Decline:
         """See `Step.apply`."""
-        scale = _as_factor(form, node, "scale")
+        other = _other_operand(form, node, node.args[:2])
+        scale = other if isinstance(other, Decline) else _as_product(form, node, other, "scale")
         if isinstance(scale, Decline):
             return scale
-        if form.biases:
-            return Decline("scaled after the bias was added", node)
-        return form.scaled(scale, node)
+        for factor in scale:
+            form = form.scaled(factor, node)
+        return form
+
+
+class Divide(Step):
+    """v / s, for a scale s as in `Multiply`."""
+
+    targets = (aten.div.Tensor, aten.div.Scalar)
+
+    def apply(self, form: QLinear, node: Node, constants: Constants) -> QLinear | Decline:
+        """See `Step.apply`."""
+        dividend, divisor, *_ = node.args
+        if dividend is not form.value or divisor is form.value or node.kwargs:
+            return Decline("divides something, or by itself", node)
+        scale = _as_product(form, node, divisor, "divisor")
+        if isinstance(scale, Decline):
+            return scale
+        for factor in scale:
+            form = form.scaled(replace(factor, inverse=True), node)
+        return form
+
+
+class Negate(Step):
+    """−v."""
+
+    targets = (aten.neg.default,)
+
+    def apply(self, form: QLinear, node: Node, constants: Constants) -> QLinear | Decline:
+        """See `Step.apply`."""
+        if not fake_value(node).dtype.is_floating_point:
+            return Decline("negated before the conversion to float", node)
+        return form.scaled(MINUS_ONE, node)
 
 
 class Add(Step):
-    """v + b, for a bias b that varies over columns."""
+    """v + b, for a bias b of columns, or any product of rows and columns."""
 
     targets = (aten.add.Tensor, aten.add.Scalar)
 
     def apply(self, form: QLinear, node: Node, constants: Constants) -> QLinear | Decline:
         """See `Step.apply`."""
-        if node.kwargs.get("alpha", 1) != 1 or len(node.args) > 2:
+        if node.kwargs or len(node.args) > 2:
             return Decline("added with a factor (alpha)", node)
-        bias = _as_factor(form, node, "summand")
-        if isinstance(bias, Decline):
-            return bias
-        return _with_bias(form, bias, node)
+        other = _other_operand(form, node, node.args)
+        offset = other if isinstance(other, Decline) else _as_product(form, node, other, "summand")
+        return offset if isinstance(offset, Decline) else form.plus(offset, node)
 
 
 class Addcmul(Step):
@@ -135,33 +197,49 @@ class Addcmul(Step):
         bias, *product = node.args
         if node.kwargs.get("value", 1) != 1:
             return Decline("addcmul with a factor (value)", node)
-        scale = _classify(form, node, product, "scale")
+        other = _other_operand(form, node, product)
+        scale = other if isinstance(other, Decline) else _as_product(form, node, other, "scale")
         if isinstance(scale, Decline):
             return scale
-        if form.biases:
-            return Decline("scaled after the bias was added", node)
-        summand = _classify(form, node, [form.value, bias], "summand")
-        if isinstance(summand, Decline):
-            return summand
-        return _with_bias(form.scaled(scale, node), summand, node)
+        offset = Decline("added to itself", node) if bias is form.value else _as_product(form, node, bias, "summand")
+        if isinstance(offset, Decline):
+            return offset
+        for factor in scale:
+            form = form.scaled(factor, node)
+        return form.plus(offset, node)
 
 
 class Subtract(Step):
-    """acc − z · Σk w: the activation has the zero point z."""
+    """acc − z · Σk w: the activation has the zero point z. v − c and c − v: an offset, as in `Add`."""
 
     targets = (aten.sub.Tensor,)
 
     def apply(self, form: QLinear, node: Node, constants: Constants) -> QLinear | Decline:
         """See `Step.apply`."""
-        minuend, correction, *alpha = node.args
-        if minuend is not form.value or not isinstance(correction, Node) or alpha or node.kwargs:
-            return Decline("subtracted from something, or with a factor (alpha)", node)
-        if fake_value(node).dtype is not torch.int32:
-            return Decline("something is subtracted after the conversion to float", node)
+        if node.kwargs or len(node.args) > 2:
+            return Decline("subtracted with a factor (alpha)", node)
+        minuend, subtrahend = node.args
+        if not same_shape(node, form.value):
+            return Decline(f"the subtrahend changes the shape to {tuple(fake_value(node).shape)}", node)
+        if not fake_value(node).dtype.is_floating_point:
+            return self._in_integers(form, node, minuend, subtrahend, constants)
+        other = _other_operand(form, node, node.args)
+        offset = other if isinstance(other, Decline) else _as_product(form, node, other, "subtrahend")
+        if isinstance(offset, Decline):
+            return offset
+        if minuend is form.value:
+            return form.plus((MINUS_ONE, *offset), node)
+        return form.scaled(MINUS_ONE, node).plus(offset, node)
+
+    def _in_integers(
+        self, form: QLinear, node: Node, minuend: object, correction: object, constants: Constants
+    ) -> QLinear | Decline:
+        if minuend is not form.value or not isinstance(correction, Node):
+            return Decline("a number is subtracted from the accumulator, or the accumulator from something", node)
         if not is_column_shaped(correction, form):
             return Decline("what is subtracted from the accumulator does not vary over columns alone", node)
         z = zero_point_of(correction, form, constants)
-        if z is None:
+        if z is None or abs(z) > 255:
             return Decline(
                 "what is subtracted from the accumulator is not a multiple of the weight's column sums", node
             )
@@ -169,40 +247,39 @@ class Subtract(Step):
 
 
 #: Every rule, for any family to take.
-ALGEBRA: tuple[Step, ...] = (Convert(), View(), Expand(), Multiply(), Add(), Addcmul(), Subtract())
+ALGEBRA: tuple[Step, ...] = (
+    Convert(),
+    View(),
+    Expand(),
+    Slice(),
+    Multiply(),
+    Divide(),
+    Negate(),
+    Add(),
+    Addcmul(),
+    Subtract(),
+)
 
 
-def _with_bias(form: QLinear, bias: Factor, node: Node) -> QLinear | Decline:
-    if bias.axis is Axis.ROW:
-        return Decline("what is added varies over rows, so it is no bias", node)
-    if not form.scales:
-        return Decline("added before the first scale", node)
-    return form.biased(bias, node)
-
-
-def _as_factor(form: QLinear, node: Node, what: str) -> Factor | Decline:
-    return _classify(form, node, node.args[:2], what)
-
-
-def _classify(form: QLinear, node: Node, operands: Sequence[object], what: str) -> Factor | Decline:
-    """Return the one of two `operands` that is not the current value, with its axis."""
+def _other_operand(form: QLinear, node: Node, operands: Iterable[object]) -> object | Decline:
+    """Return the one of two operands that is not the current value."""
     others = [o for o in operands if o is not form.value]
-    if len(operands) != 2 or len(others) != 1 or not isinstance(others[0], Node | int | float):
-        return Decline(f"combined with itself, or with something that is no {what}", node)
+    return others[0] if len(others) == 1 else Decline("combined with itself", node)
+
+
+def _as_product(form: QLinear, node: Node, operand: object, what: str) -> Product | Decline:
+    """Read an operand as a product of factors, against the current value."""
+    if not isinstance(operand, Node | int | float):
+        return Decline(f"the {what} is no tensor and no number", node)
     if not fake_value(node).dtype.is_floating_point:
         return Decline(f"combined with an integer {what} before the conversion to float", node)
     if fake_value(node).dtype not in FLOATS:
         return Decline(f"computed in {fake_value(node).dtype}, which the fused op does not do", node)
     if not same_shape(node, form.value):
         return Decline(f"the {what} changes the shape to {tuple(fake_value(node).shape)}", node)
-    operand: Operand = unexpanded(others[0])
-    if isinstance(operand, Node):
-        tensor = fake_value(operand)
-        if not isinstance(tensor, torch.Tensor) or not tensor.dtype.is_floating_point:
-            return Decline(f"the {what} is not a float tensor", node)
-    axis = broadcast_axis(operand, form.value)
-    if axis is None:
-        shape = tuple(fake_value(operand).shape) if isinstance(operand, Node) else ()
-        against = tuple(fake_value(form.value).shape)
-        return Decline(f"the {what} of shape {shape} varies over neither rows nor columns of {against}", node)
-    return Factor(operand, axis)
+    product = product_of(operand, form.value)
+    if product is not None:
+        return product
+    shape = tuple(fake_value(operand).shape) if isinstance(operand, Node) else ()
+    against = tuple(fake_value(form.value).shape)
+    return Decline(f"the {what} of shape {shape} varies over neither rows nor columns of {against}", node)

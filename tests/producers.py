@@ -8,11 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchao.quantization import Int8DynamicActivationInt8WeightConfig, PerRow, PerTensor, quantize_
+from torchao.quantization import (
+    Int8DynamicActivationInt8WeightConfig,
+    Int8StaticActivationInt8WeightConfig,
+    PerRow,
+    PerTensor,
+    quantize_,
+)
+from torchao.quantization.quant_primitives import MappingType
 
 
 def quantized(m: int, k: int, dtype: torch.dtype = torch.int8) -> torch.Tensor:
@@ -32,9 +40,13 @@ class Written(nn.Module):
         self.register_buffer("b", torch.randn(n).to(dtype) if bias else None)
 
     def inputs(self, *rows: int) -> tuple[Tensor, ...]:
-        """Return a quantized activation of shape (*rows, K) and its scale of shape (*rows, 1)."""
+        """Return a quantized activation of shape (*rows, K) and its scale of shape (*rows, 1).
+
+        For float16 the activation is small, so that producers which convert the accumulator as it is do not overflow.
+        """
         m = int(torch.tensor(rows).prod())
-        return quantized(m, self.k).view(*rows, self.k), (torch.rand(*rows, 1) / 10 + 0.01).to(self.dtype)
+        q = quantized(m, self.k) // (8 if self.dtype is torch.float16 else 1)
+        return q.view(*rows, self.k), (torch.rand(*rows, 1) / 10 + 0.01).to(self.dtype)
 
     def plus_bias(self, y: Tensor) -> Tensor:
         return y if self.b is None else y + self.b
@@ -109,6 +121,65 @@ class P1(Written):
         return y.to(self.dtype).reshape(*q.shape[:-1], self.n)
 
 
+class T3(Written):
+    """torchao 0.7 to 0.17 on CUDA: no conversion of the accumulator; float16 goes through float32 scales."""
+
+    def forward(self, q: Tensor, xs: Tensor) -> Tensor:
+        accumulator = torch._int_mm(q.reshape(-1, self.k), self.w.t())
+        xs = xs.float() if self.dtype is torch.float16 else xs
+        y = (accumulator * xs.reshape(-1, 1).expand(-1, self.n)).to(self.dtype) * self.ws
+        return self.plus_bias(y.reshape(*q.shape[:-1], self.n))
+
+
+class T9(T8):
+    """torchao 0.18 on CUDA."""
+
+    def forward(self, q: Tensor, xs: Tensor) -> Tensor:
+        accumulator = torch._int_mm(q.reshape(-1, self.k), self.w.t())
+        p = (accumulator * xs.reshape(-1, 1).expand(-1, self.n)).to(self.dtype)
+        return self.plus_bias((p * self.ws.reshape(-1)).reshape(*q.shape[:-1], self.n)).to(self.dtype)
+
+
+class T17(T2):
+    """torchao up to 0.15, SmoothFakeDynamicallyQuantizedLinear: the weight may be stored transposed."""
+
+    def __init__(self, n: int, k: int, dtype: torch.dtype, bias: bool) -> None:
+        super().__init__(n, k, dtype, bias)
+        self.w_t = self.w.t().contiguous()
+
+    def forward(self, q: Tensor, xs: Tensor) -> Tensor:
+        y = torch._int_mm(q.reshape(-1, self.k), self.w_t).to(self.dtype) * xs.reshape(-1, 1) * self.ws
+        return self.plus_bias(y.reshape(*q.shape[:-1], self.n))
+
+
+class T18(Written):
+    """torchao quantized training: the weight's scale first, no conversion."""
+
+    def forward(self, q: Tensor, xs: Tensor) -> Tensor:
+        y = torch._int_mm(q.reshape(-1, self.k), self.w.t()) * self.ws * xs.reshape(-1, 1)
+        return self.plus_bias(y.reshape(*q.shape[:-1], self.n))
+
+
+class P4(Written):
+    """Per-row int8 in image pipelines: converted before the bias."""
+
+    def __init__(self, n: int, k: int, dtype: torch.dtype, bias: bool) -> None:
+        super().__init__(n, k, dtype, bias)
+        self.ws = self.ws.float().view(n, 1)
+
+    def forward(self, q: Tensor, xs: Tensor) -> Tensor:
+        y = torch._int_mm(q.reshape(-1, self.k), self.w.t()).float() * xs.float().reshape(-1, 1) * self.ws.t()
+        return self.plus_bias(y.to(self.dtype)).reshape(*q.shape[:-1], self.n)
+
+
+class P9(P4):
+    """Trainers that scale by the weight first."""
+
+    def forward(self, q: Tensor, xs: Tensor) -> Tensor:
+        y = torch._int_mm(q.reshape(-1, self.k), self.w.t()).float() * self.ws.t() * xs.float().reshape(-1, 1)
+        return self.plus_bias(y.to(self.dtype)).reshape(*q.shape[:-1], self.n)
+
+
 class TorchAO(nn.Module):
     """A linear quantized by torchao itself: float activation in, float out."""
 
@@ -123,6 +194,35 @@ class TorchAO(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x)
+
+
+class Static(TorchAO):
+    """torchao 0.18 with an activation scale, and zero point, that were calibrated before."""
+
+    def __init__(self, n: int, k: int, dtype: torch.dtype, bias: bool, symmetric: bool = True) -> None:
+        nn.Module.__init__(self)
+        self.k, self.dtype = k, dtype
+        self.linear = nn.Linear(k, n, bias=bias, dtype=dtype)
+        mapping = MappingType.SYMMETRIC if symmetric else MappingType.ASYMMETRIC
+        config = Int8StaticActivationInt8WeightConfig(
+            act_quant_scale=torch.tensor([[[0.03]]]),
+            act_quant_zero_point=torch.tensor([[[0 if symmetric else 7]]], dtype=torch.int8),
+            granularity=PerTensor(),
+            act_mapping_type=mapping,
+        )
+        quantize_(self, config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # torchao calibrates for one rank of the activation; three dimensions here
+        return self.linear(x) if x.dim() == 3 else self.linear(x[None])[0]
+
+
+class Smooth(TorchAO):
+    """torchao's SmoothQuant: the activation is multiplied by a scale of its columns before it is quantized."""
+
+    def __init__(self, n: int, k: int, dtype: torch.dtype, bias: bool) -> None:
+        super().__init__(n, k, dtype, bias)
+        self.linear.weight.act_pre_scale = (torch.rand(k) + 0.5).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -141,17 +241,27 @@ def _torchao(**config: Any) -> Callable[[int, int, torch.dtype, bool], Any]:
     return lambda n, k, dtype, bias: TorchAO(n, k, dtype, bias, **config)
 
 
-PER_TOKEN, PER_TENSOR = "int8.dynamic_per_token", "int8.dynamic_per_tensor"
+PER_TOKEN, PER_TENSOR, STATIC = "int8.dynamic_per_token", "int8.dynamic_per_tensor", "int8.static_per_tensor"
 
 ROWS = (
     Row("T2", T2, PER_TOKEN),
+    Row("T3", T3, PER_TOKEN),
     Row("T5", T5, PER_TOKEN),
     Row("T7", T7, PER_TOKEN),
     Row("T7-torchao", _torchao(), PER_TOKEN),
     Row("T7-torchao-reduced", _torchao(reduce_range=True), PER_TOKEN),
     Row("T8", T8, PER_TOKEN),
+    Row("T9", T9, PER_TOKEN),
+    Row("T10-torchao", _torchao(act_mapping_type=MappingType.ASYMMETRIC), PER_TOKEN + "_asymmetric"),
     Row("T11-torchao", _torchao(granularity=[PerTensor(), PerRow()]), PER_TENSOR),
     Row("T12-torchao", _torchao(granularity=[PerRow(), PerTensor()]), PER_TOKEN),
     Row("T11+T12-torchao", _torchao(granularity=PerTensor()), PER_TENSOR),
+    Row("T13-torchao", Smooth, PER_TOKEN),
+    Row("T14-torchao", Static, STATIC),
+    Row("T14-torchao-asymmetric", partial(Static, symmetric=False), STATIC),
+    Row("T17", T17, PER_TOKEN),
+    Row("T18", T18, PER_TOKEN),
     Row("P1/P2", P1, PER_TOKEN),
+    Row("P4", P4, PER_TOKEN),
+    Row("P9", P9, PER_TOKEN),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -45,14 +46,20 @@ def _seen(look: Callable[[Graph], Any], model: Callable[..., Any], *inputs: Tens
 
 
 def test_options_are_per_thread_with_a_default_for_all() -> None:
-    entry = inductor_config._config["freezing"]
-    assert {"default", "user_override"} <= vars(entry).keys()
+    """What one thread sets is not seen by another, but a changed default is."""
+    entry = inductor_config._config["benchmark_kernel"]
     default = entry.default
+
+    def in_another_thread() -> bool:
+        with ThreadPoolExecutor() as pool:
+            return pool.submit(lambda: inductor_config.benchmark_kernel).result()
+
+    with inductor._overridden({"benchmark_kernel": not default}):
+        assert inductor_config.benchmark_kernel is not default
+        assert in_another_thread() is default
     try:
-        for value in (True, False):
-            entry.default = value
-            with inductor._overridden({}):
-                assert inductor_config.freezing is value or inductor_config._config["freezing"].user_override.get()
+        entry.default = not default
+        assert in_another_thread() is not default
     finally:
         entry.default = default
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 from producers import quantized
-from qfuse.lowerings import INT8_LINEAR, choose
-from support import compile_and_run, run_python
+from support import run_python
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
 import qfuse
 from qfuse.isa import ACTIVATION_DTYPE, Isa, cpu_isa
+from qfuse.lowerings import INT8_LINEAR, by_name, choose
 from qfuse.problem import Problem
 from qfuse.reasons import Decline
 
@@ -31,6 +31,7 @@ class Case:
     x_scale: str  # "row" or "tensor"
     w_scale: str  # "column" or "tensor"
     bias: torch.dtype | None
+    offsets: int = 0
 
 
 CASES = [
@@ -44,6 +45,14 @@ CASES = [
         [None, torch.float32, torch.bfloat16],
     )
 ] + [Case(torch.int8, torch.float32, z, "row", "column", torch.float32) for z in (0, -5)]
+CASES += [
+    Case(torch.uint8, dtype, 128, "row", "column", bias, n)
+    for dtype, bias, n in [
+        (torch.float32, None, 1),
+        (torch.bfloat16, torch.bfloat16, 2),
+        (torch.float16, torch.float32, 1),
+    ]
+]
 
 
 class Linears(nn.Module):
@@ -55,6 +64,7 @@ class Linears(nn.Module):
         for i, case in enumerate(cases):
             self.register_buffer(f"w{i}", quantized(n, k))
             self.register_buffer(f"ws{i}", torch.rand(n if case.w_scale == "column" else 1) / 100)
+            self.register_buffer(f"offsets{i}", torch.randn(case.offsets, n))
             self.register_buffer(f"b{i}", None if case.bias is None else torch.randn(n).to(case.bias))
 
     def inputs(self, m: int, k: int) -> list[Tensor]:
@@ -72,8 +82,12 @@ class Linears(nn.Module):
                 self.get_buffer(f"{name}{i}") if name != "b" else getattr(self, f"b{i}") for name in ("w", "ws", "b")
             )
             sums = torch.ops.qfuse.pack_column_sums(w)
+            columns = list(self.get_buffer(f"offsets{i}").unbind())
+            rows = [xs.expand(x.shape[0]) * (j + 1) for j in range(case.offsets)]
             results.append(
-                torch.ops.qfuse.int8_linear(x, w, sums, xs, ws, b, case.x_zero_point, case.out_dtype, self.lowering)
+                torch.ops.qfuse.int8_linear(
+                    x, w, sums, xs, ws, b, rows, columns, case.x_zero_point, case.out_dtype, self.lowering
+                )
             )
         return tuple(results)
 
@@ -132,7 +146,7 @@ def test_strides(lowering: str) -> None:
         def forward(self, x_columns: Tensor, x_slice: Tensor, xs: Tensor) -> tuple[Tensor, ...]:
             def linear(x: Tensor, w: Tensor) -> Tensor:
                 sums = torch.ops.qfuse.pack_column_sums(w)
-                return torch.ops.qfuse.int8_linear(x, w, sums, xs, self.ws, None, 128, torch.float32, lowering)
+                return torch.ops.qfuse.int8_linear(x, w, sums, xs, self.ws, None, [], [], 128, torch.float32, lowering)
 
             return linear(x_columns, self.w_columns), linear(x_slice, self.w_slice), linear(x_slice, self.w_columns)
 
@@ -154,17 +168,23 @@ def test_which_kernel_is_called(lowering: str) -> None:
     assert "torch.ops.qfuse.int8_linear.default(" not in code  # the reference
 
 
-def test_a_failing_lowering_is_replaced_by_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*args: object) -> None:
+@pytest.mark.parametrize("broken", [("onednn",), ("onednn", "aten")], ids=str)
+def test_a_failing_lowering_is_replaced(broken: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the next one, and in the end by the reference op."""
+
+    def fail(*args: object) -> None:
         raise RuntimeError("broken on purpose")
 
     case = Case(torch.uint8, torch.float32, 128, "row", "column", None)
     model = Linears([case], 64, 48, "onednn")
     inputs = model.inputs(9, 64)
-    monkeypatch.setattr(qfuse.lowerings.onednn.OneDNN, "matmul", broken)
+    for name in broken:
+        monkeypatch.setattr(type(by_name(name)), "matmul", fail)
     with fresh_cache():
-        (result,), _ = compile_and_run(model, *inputs)
-    assert torch.equal(result, model(*inputs)[0])
+        (result,), (code,) = run_and_get_code(torch.compile(model), *inputs)
+    _assert_equal_up_to_order(result, model(*inputs)[0])
+    assert ("extern_kernels._int_mm(" in code) == ("aten" not in broken)
+    assert ("torch.ops.qfuse.int8_linear.default(" in code) == ("aten" in broken)
 
 
 def test_packed_weight_lives_as_long_as_the_weight() -> None:

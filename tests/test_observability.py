@@ -11,7 +11,6 @@ import torch
 from producers import T2, TorchAO
 from support import run_python
 from torch import Tensor, nn
-from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 
 import qfuse
 
@@ -86,25 +85,33 @@ def test_an_error_in_qfuse_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
     model = TorchAO(48, 64, torch.float32, True)
     inputs = model.inputs(7)
     expected = model(*inputs)
-    monkeypatch.setattr("qfuse.rewrite._scales", broken)
+    monkeypatch.setattr("qfuse.rewrite._Rewriter._by_side", broken)
     torch.testing.assert_close(torch.compile(model)(*inputs), expected, rtol=1e-4, atol=1e-4)
     (miss,) = qfuse.explain(model, *inputs).misses
     assert "internal error, please report it: RuntimeError('broken on purpose')" in miss.reason
 
 
-def test_bisector_finds_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[str, str | None]] = []
-    original = GraphTransformObserver.__init__
+def test_passes_can_be_left_out_by_name() -> None:
+    """torch's compiler bisector does it so."""
+    model = T2(48, 64, torch.float32, True)
+    with torch._inductor.config.patch(disabled_passes="qfuse.fuse"):
+        report = qfuse.explain(model, *model.inputs(7))
+    assert not report.matches
+    assert len(qfuse.explain(model, *model.inputs(7)).matches) == 1
 
-    def spy(
-        self: GraphTransformObserver, gm: object, passname: str, subsystem: str | None = None, **kwargs: object
-    ) -> None:
-        seen.append((passname, subsystem))
-        original(self, gm, passname, subsystem, **kwargs)
 
-    monkeypatch.setattr(GraphTransformObserver, "__init__", spy)
-    qfuse.explain(T2(48, 64, torch.float32, True), *T2(48, 64, torch.float32, True).inputs(7))
-    assert ("qfuse.fuse", "joint_graph_passes") in seen
+def test_explain_again_and_for_many_models() -> None:
+    """Dynamo caches, and limits recompiles, by code object: each call has its own."""
+    for _ in range(10):
+        model = T2(48, 64, torch.float32, True)
+        for _ in range(2):
+            assert len(qfuse.explain(model, *model.inputs(7)).matches) == 1
+
+
+def test_explain_says_that_qfuse_is_off() -> None:
+    model = T2(48, 64, torch.float32, True)
+    with qfuse.config.patch(enabled=False):
+        assert "qfuse is switched off" in str(qfuse.explain(model, *model.inputs(7)))
 
 
 _COMPILE = """

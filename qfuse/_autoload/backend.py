@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import _qfuse_autoload
 import torch._dynamo
 
+import _qfuse_autoload
+
 # Dynamo decides before any backend is called whether it hands over parameters as inputs or as constants that can be
-# frozen. For Inductor it asks Inductor's options; for a backend there is this option alone, for the whole process.
-_dynamo_config: Any = torch._dynamo.config
-_dynamo_config._config["prepare_freezing"].default = True
+# frozen. For Inductor it asks Inductor's options; for a backend there is this option alone, and it holds for the whole
+# process: what is compiled for other backends is recompiled when a parameter is replaced by another object.
+if os.environ.get("QFUSE") != "0":
+    _dynamo_config: Any = torch._dynamo.config
+    _dynamo_config._config["prepare_freezing"].default = True
 
 
 def backend(gm: Any, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
