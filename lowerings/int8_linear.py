@@ -19,7 +19,7 @@ log = logging.getLogger("qfuse.lowerings")
 @register_lowering(torch.ops.qfuse.pack_column_sums.default, type_promotion_kind=None)
 def pack_column_sums(weight: Any) -> ir.TensorBox:
     """Lower `qfuse::pack_column_sums` where freezing has not folded it."""
-    return lowerings[aten.sum.dim_IntList](weight, [1], dtype=torch.int32)
+    return lowerings[aten.unsqueeze](lowerings[aten.sum.dim_IntList](weight, [1], dtype=torch.int32), 0)
 
 
 @register_lowering(torch.ops.qfuse.int_mm.default, type_promotion_kind=None)

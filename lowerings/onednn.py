@@ -14,22 +14,25 @@ from torch._inductor.select_algorithm import ExternKernelChoice
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from qfuse.isa import ACTIVATION_DTYPE
-from qfuse.lowerings.aten import Aten
 from qfuse.problem import Problem
 
-#: weight → oneDNN's blocked copy of it, and zero points of the weight (there are none). A blocked tensor cannot be
-#: pickled, so it can be no constant of a graph that Inductor caches; it is made at the first call instead, and lives
-#: as long as the weight.
+#: column sums → oneDNN's blocked copy of the weight, and zero points of the weight (there are none). A blocked tensor
+#: cannot be pickled, so it can be no constant of a graph that Inductor caches; it is made at the first call instead.
+#: The key is not the weight, which is the user's own tensor and may have changed when the model is compiled again, but
+#: the column sums, which freezing has computed for this compiled graph and which live as long as it.
 _packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def onednn_int8_matmul(x: torch.Tensor, weight: torch.Tensor, w_scale: torch.Tensor, x_zero_point: int) -> torch.Tensor:
+def onednn_int8_matmul(
+    x: torch.Tensor, weight: torch.Tensor, column_sums: torch.Tensor, w_scale: torch.Tensor, x_zero_point: int
+) -> torch.Tensor:
     """Compute (x − x_zero_point) @ weight.T · w_scale.
 
-    x: [M, K] uint8 or int8. weight: [N, K] int8, a constant. w_scale: [N] or [1] float32. Returns [M, N] float32.
+    x: [M, K] uint8 or int8. weight: [N, K] int8 and column_sums: [1, N] int32, constants of one compiled graph.
+    w_scale: [N] or [1] float32. Returns [M, N] float32.
     """
-    if (packed := _packed.get(weight)) is None:
-        packed = _packed[weight] = (
+    if (packed := _packed.get(column_sums)) is None:
+        packed = _packed[column_sums] = (
             # contiguous: of any other layout qlinear_prepack makes garbage (torch 2.13)
             torch.ops.onednn.qlinear_prepack(weight.contiguous(), None),
             torch.zeros(w_scale.shape, dtype=torch.int32),
@@ -66,11 +69,13 @@ class OneDNN:
 
     def matmul(self, x: Any, weight: Any, column_sums: Any, w_scale: Any, x_zero_point: int) -> Any:
         """See `Provider.matmul`."""
-        if not isinstance(ir.InputsKernel.unwrap_storage_for_input(weight), ir.ConstantBuffer):
+        constants = [ir.InputsKernel.unwrap_storage_for_input(t) for t in (weight, column_sums)]
+        if not all(isinstance(c, ir.ConstantBuffer) for c in constants):
             # Packed once, it would go stale if it changed. Freezing has left alone what it was expected to freeze.
-            return Aten().matmul(x, weight, column_sums, w_scale, x_zero_point)
-        x, weight, w_scale = map(ir.ExternKernel.realize_input, (x, weight, w_scale))
+            raise RuntimeError("the weight is no constant of the compiled graph")
+        x, weight, column_sums, w_scale = map(ir.ExternKernel.realize_input, (x, weight, column_sums, w_scale))
         x, w_scale = map(ir.ExternKernel.require_contiguous, (x, w_scale))
         size = [x.get_size()[0], weight.get_size()[0]]
         layout = ir.FixedLayout(x.get_device(), torch.float32, size)
-        return _kernel.bind([x, weight, w_scale], layout, x_zero_point=x_zero_point).output_node()
+        inputs = [x, weight, column_sums, w_scale]
+        return _kernel.bind(inputs, layout, x_zero_point=x_zero_point).output_node()

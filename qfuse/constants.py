@@ -8,7 +8,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from qfuse.inductor import frozen_inputs
+from qfuse.inductor import freezes, frozen_inputs
 
 
 class Constants:
@@ -16,6 +16,7 @@ class Constants:
 
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
+        self._freezes = freezes()
         self._values: dict[Node, Any] = dict(frozen_inputs(graph))
         self._known = set(self._values)
         for node in graph.nodes:
@@ -28,7 +29,7 @@ class Constants:
 
     def _is_constant(self, node: Node) -> bool:
         if node.op == "get_attr":
-            return True
+            return self._freezes
         if node.op != "call_function" or node.is_impure():
             return False
         # what has no input, like a `full`, is a constant; what is random is impure

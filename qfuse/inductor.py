@@ -25,6 +25,7 @@ __all__ = [
     "copy_origin",
     "emits_python",
     "fake_value",
+    "freezes",
     "freezing",
     "freezing_by_default",
     "frozen_inputs",
@@ -109,7 +110,7 @@ def frozen_inputs(graph: Graph) -> dict[Node, torch.Tensor]:
     mutates nor returns as an alias.
     """
     context = torch._guards.TracingContext.try_get()
-    if context is None or not inductor_config.freezing or torch.is_grad_enabled():
+    if context is None or not freezes():
         return {}
     metadata, values = context.fw_metadata, context.params_flat_unwrap_subclasses
     if metadata is None or values is None:
@@ -120,6 +121,11 @@ def frozen_inputs(graph: Graph) -> dict[Node, torch.Tensor]:
     if any(node.meta.get("desc") is None for node in inputs):
         return {}
     return {node: value for i, (node, value) in enumerate(zip(inputs, values, strict=False)) if i not in kept}
+
+
+def freezes() -> bool:
+    """Tell whether Inductor turns the parameters of the graph that is being compiled into constants."""
+    return bool(inductor_config.freezing) and not torch.is_grad_enabled()
 
 
 def why_not_frozen() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch.fx import Node
 
 from qfuse.constants import Constants
@@ -49,7 +50,7 @@ def walk(family: Family, anchor: Anchor, node: Node, constants: Constants) -> Wa
 
 
 def _next(form: QLinear, family: Family, constants: Constants) -> QLinear | Decline:
-    users = list(form.value.users)
+    users = [user for user in form.value.users if user not in assertions(form.value)]
     if len(users) != 1:
         return Decline(f"used by {len(users)} nodes: {users}", form.value)
     (user,) = users
@@ -58,3 +59,8 @@ def _next(form: QLinear, family: Family, constants: Constants) -> QLinear | Decl
         what = "the graph's output" if user.op == "output" else str(user.target)
         return Decline(f"used by {what}, which is no part of a quantized linear", user)
     return step.apply(form, user, constants)
+
+
+def assertions(node: Node) -> list[Node]:
+    """Return the users of `node` that look at its dtype only, and compute nothing."""
+    return [user for user in node.users if user.target is torch.ops.aten._assert_tensor_metadata.default]

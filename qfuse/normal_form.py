@@ -207,11 +207,12 @@ def product_of(operand: Operand, value: Node) -> Product | None:
 
     Conversions of the whole product are looked through: their rounding is not done.
     """
-    operand = unexpanded(operand)
     if isinstance(operand, Node) and not isinstance(fake_value(operand), torch.Tensor):
         return None  # a symbolic number
-    if (axis := broadcast_axis(operand, value)) is not None:
-        return (Factor(operand, axis),)
+    for candidate in (unexpanded(operand), operand):
+        if (axis := broadcast_axis(candidate, value)) is not None:
+            return (Factor(candidate, axis),)
+    operand = unexpanded(operand)
     assert isinstance(operand, Node)
     match operand.target, operand.args:
         case prims.convert_element_type.default, (Node() as inner, _) if fake_value(operand).dtype.is_floating_point:

@@ -1,7 +1,8 @@
 """The canonical ops. Their eager implementations are the reference semantics: slow, and beyond doubt.
 
 `qfuse::pack_column_sums(weight) -> sums`
-    Σk weight[n, k]: int8 [N, K] → int32 [N]. An op on the weight alone: freezing runs it once, at compile time.
+    Σk weight[n, k]: int8 [N, K] → int32 [1, N]. An op on the weight alone: freezing runs it once, at compile time.
+    Two-dimensional, because Inductor writes small vectors into the code; this one stays a tensor of the compiled graph.
 
 `qfuse::int8_linear(x, weight, column_sums, x_scale, w_scale, bias, offset_rows, offset_columns, x_zero_point,
 out_dtype, lowering) -> y`
@@ -9,7 +10,7 @@ out_dtype, lowering) -> y`
               + Σi offset_rows[i][m] · offset_columns[i][n],
     in float32 after the exact integer sum, rounded once to `out_dtype`.
 
-    x: [M, K] int8 or uint8. weight: [N, K] int8. column_sums: [N] int32, as above.
+    x: [M, K] int8 or uint8. weight: [N, K] int8. column_sums: [1, N] int32, as above.
     x_scale: [M] or [1] float32. w_scale: [N] or [1] float32. bias: [N] or [1], any float dtype, or None.
     offset_rows, offset_columns: equally many, each [M], and [N] or [1], float32: they remove zero points of rows.
     lowering: the name of the lowering that was chosen when the graph was matched.
@@ -46,12 +47,12 @@ def _int_mm_fake(x: Tensor, weight_t: Tensor) -> Tensor:
 
 @torch.library.impl(_library, "pack_column_sums", "CompositeExplicitAutograd")
 def _pack_column_sums(weight: Tensor) -> Tensor:
-    return weight.sum(1, dtype=torch.int32)
+    return weight.sum(1, dtype=torch.int32)[None]
 
 
 @torch.library.register_fake("qfuse::pack_column_sums", lib=_library)
 def _pack_column_sums_fake(weight: Tensor) -> Tensor:
-    return weight.new_empty(weight.shape[0], dtype=torch.int32)
+    return weight.new_empty((1, weight.shape[0]), dtype=torch.int32)
 
 
 @torch.library.impl(_library, "int8_linear", "CompositeExplicitAutograd")

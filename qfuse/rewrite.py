@@ -12,6 +12,7 @@ from torch.fx.node import Target, map_arg
 
 from qfuse.constants import Constants
 from qfuse.inductor import copy_origin, fake_value
+from qfuse.match import assertions
 from qfuse.normal_form import (
     Axis,
     ColumnSums,
@@ -70,7 +71,17 @@ def replace_by_int8_linear(form: QLinear, lowering: str, x_dtype: torch.dtype, c
         emit.take_back()
         raise
     copy_origin(form.anchor, emit.nodes)
+    _erase_assertions(form)
     form.value.replace_all_uses_with(result)
+
+
+def _erase_assertions(form: QLinear) -> None:
+    """Erase what asserts the dtypes of intermediates, which are computed no longer (`torch.export` puts it there)."""
+    node = form.anchor
+    while node is not form.value:
+        for assertion in assertions(node):
+            node.graph.erase_node(assertion)
+        (node,) = node.users
 
 
 class _Rewriter:
@@ -170,7 +181,7 @@ class _Rewriter:
     def _operand(self, factor: Factor) -> Node | int | float:
         """Return a factor as a float32 vector, or as a number."""
         if isinstance(factor.operand, ColumnSums):
-            return self.emit.convert(self.column_sums, torch.float32)
+            return self.emit.convert(self.emit.reshape(self.column_sums, [-1]), torch.float32)
         if not isinstance(factor.operand, Node):
             return factor.operand
         vector = self.emit.convert(self.emit.reshape(factor.operand, [-1]), torch.float32)

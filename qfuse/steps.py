@@ -183,7 +183,11 @@ class Add(Step):
         if node.kwargs or len(node.args) > 2:
             return Decline("added with a factor (alpha)", node)
         other = _other_operand(form, node, node.args)
-        offset = other if isinstance(other, Decline) else _as_product(form, node, other, "summand")
+        if isinstance(other, Decline):
+            return other
+        if not fake_value(node).dtype.is_floating_point:
+            return _corrected(form, node, other, -1, constants)
+        offset = _as_product(form, node, other, "summand")
         return offset if isinstance(offset, Decline) else form.plus(offset, node)
 
 
@@ -219,10 +223,10 @@ class Subtract(Step):
         if node.kwargs or len(node.args) > 2:
             return Decline("subtracted with a factor (alpha)", node)
         minuend, subtrahend = node.args
-        if not same_shape(node, form.value):
-            return Decline(f"the subtrahend changes the shape to {tuple(fake_value(node).shape)}", node)
         if not fake_value(node).dtype.is_floating_point:
-            return self._in_integers(form, node, minuend, subtrahend, constants)
+            if minuend is not form.value:
+                return Decline("the accumulator is subtracted from something", node)
+            return _corrected(form, node, subtrahend, 1, constants)
         other = _other_operand(form, node, node.args)
         offset = other if isinstance(other, Decline) else _as_product(form, node, other, "subtrahend")
         if isinstance(offset, Decline):
@@ -230,20 +234,6 @@ class Subtract(Step):
         if minuend is form.value:
             return form.plus((MINUS_ONE, *offset), node)
         return form.scaled(MINUS_ONE, node).plus(offset, node)
-
-    def _in_integers(
-        self, form: QLinear, node: Node, minuend: object, correction: object, constants: Constants
-    ) -> QLinear | Decline:
-        if minuend is not form.value or not isinstance(correction, Node):
-            return Decline("a number is subtracted from the accumulator, or the accumulator from something", node)
-        if not is_column_shaped(correction, form):
-            return Decline("what is subtracted from the accumulator does not vary over columns alone", node)
-        z = zero_point_of(correction, form, constants)
-        if z is None or abs(z) > 255:
-            return Decline(
-                "what is subtracted from the accumulator is not a multiple of the weight's column sums", node
-            )
-        return replace(form, x_zero_point=form.x_zero_point + z, value=node)
 
 
 #: Every rule, for any family to take.
@@ -283,3 +273,17 @@ def _as_product(form: QLinear, node: Node, operand: object, what: str) -> Produc
     shape = tuple(fake_value(operand).shape) if isinstance(operand, Node) else ()
     against = tuple(fake_value(form.value).shape)
     return Decline(f"the {what} of shape {shape} varies over neither rows nor columns of {against}", node)
+
+
+def _corrected(form: QLinear, node: Node, correction: object, sign: int, constants: Constants) -> QLinear | Decline:
+    """Read acc − sign · correction, in integers, as a matmul whose activation has a zero point."""
+    if not isinstance(correction, Node):
+        return Decline("a number is subtracted from the accumulator, or added to it", node)
+    if not same_shape(node, form.value):
+        return Decline(f"the correction changes the shape to {tuple(fake_value(node).shape)}", node)
+    if not is_column_shaped(correction, form):
+        return Decline("what corrects the accumulator does not vary over columns alone", node)
+    z = zero_point_of(correction, form, constants)
+    if z is None or abs(z) > 255:
+        return Decline("what corrects the accumulator is not a multiple of the weight's column sums", node)
+    return replace(form, x_zero_point=form.x_zero_point + sign * z, value=node)

@@ -4,15 +4,23 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch._inductor import config as inductor_config
 
 import qfuse
 
 
 @pytest.fixture(autouse=True)
 def _clean_state() -> Iterator[None]:
-    """Each test starts with nothing compiled, no statistics, the same random numbers, and no gradients."""
+    """Each test starts with nothing compiled, no statistics, the same random numbers, and no gradients.
+
+    Inductor's `config.patch` leaves the old value behind as if the user had set it, so what was unset is unset again.
+    """
     torch._dynamo.reset()
     torch.manual_seed(0)
     qfuse.reset_stats()
+    settings = [inductor_config._config[name].user_override for name in ("freezing", "joint_custom_post_pass")]
+    before = [setting.get() for setting in settings]
     with torch.no_grad():
         yield
+    for setting, value in zip(settings, before, strict=True):
+        setting.set(value)

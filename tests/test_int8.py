@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import producers
@@ -437,6 +438,11 @@ PARTIAL: dict[str, tuple[Callable[..., Any], list[str]]] = {
     "no compensation": (lambda s, q, xs: _shifted(s, q).float() * xs * s.ws, []),
     "zero point of 3": (lambda s, q, xs: (_shifted(s, q) - 3 * s.w.sum(1, dtype=torch.int32)).float() * xs, []),
     "zero point in int64": (lambda s, q, xs: (_shifted(s, q) - s.w.sum(1) * 128).float() * xs * s.ws, []),
+    "correction that is added": (lambda s, q, xs: (_shifted(s, q) + -128 * s.w.sum(1)).float() * xs * s.ws, []),
+    "scale of each batch": (
+        lambda s, q, xs: _accumulator(s, q).view(1, 7, -1) * xs[:1].view(1, 1, 1).expand(1, 7, 1).float() * s.ws,
+        ["view.default"],
+    ),
     "negative zero point": (lambda s, q, xs: (_accumulator(s, q) - -s.w.int().sum(1).int()).float() * xs, []),
     "numbers for scales": (lambda s, q, xs: _accumulator(s, q).float() * 0.25 * s.ws + 1.5, []),
     "two scales a column": (lambda s, q, xs: _accumulator(s, q).float() * s.ws * s.ws[0] * (s.ws + 1) * xs, []),
@@ -603,8 +609,46 @@ def test_graphs_inside_a_graph() -> None:
     assert error(result, model(*inputs).double()) < 1e-6
 
 
+def test_recompiled_with_other_weights() -> None:
+    """A packed weight belongs to one compiled graph: what is compiled again sees the weight as it is then."""
+    model = T2(48, 64, torch.float32, True)
+    q, xs = model.inputs(7)
+    for change in (
+        lambda: None,
+        lambda: model.load_state_dict(T2(48, 64, torch.float32, True).state_dict()),
+        lambda: model.w.data.clamp_(-3, 3),
+        lambda: setattr(model.w, "data", quantized(48, 64)),
+    ):
+        change()
+        torch._dynamo.reset()
+        expected = (q.double() @ model.w.double().t()) * xs * model.ws + model.b
+        assert error(torch.compile(model)(q, xs), expected) < 1e-5
+
+
+def test_exported() -> None:
+    """torch.export asserts the dtype of what it converts; that is no use of it."""
+    model = T2(48, 64, torch.float32, True)
+    inputs = model.inputs(7)
+    exported = torch.export.export(model, inputs).module()
+    result, report = compile_and_run(exported, *inputs)
+    assert len(report.matches) == 1, report.misses
+    assert_no_worse(result, model, *inputs)
+
+
+def test_ahead_of_time(tmp_path: Path) -> None:
+    """AOTInductor calls from C++: `aten` is the lowering for that."""
+    model = T2(48, 64, torch.float32, True)
+    inputs = model.inputs(7)
+    with recording() as (matches, _):
+        package = torch._inductor.aoti_compile_and_package(
+            torch.export.export(model, inputs), package_path=str(tmp_path / "model.pt2")
+        )
+    assert [m.lowering for m in matches] == ["aten"]
+    assert_no_worse(torch._inductor.aoti_load_package(package)(*inputs), model, *inputs)
+
+
 def test_deep_graph() -> None:
-    """Nothing recurses through the graph."""
+    """Nothing recurses through the graph, and constants are computed once."""
 
     class Deep(Written):
         def forward(self, q: Tensor, xs: Tensor) -> Tensor:
@@ -612,5 +656,14 @@ def test_deep_graph() -> None:
                 xs = xs * 1.001
             return torch._int_mm(q, self.w.t()).float() * xs * self.ws
 
+    class Diamonds(Written):
+        def forward(self, q: Tensor, xs: Tensor) -> Tensor:
+            correction = self.w.sum(1, dtype=torch.int32)
+            for i in range(40):
+                correction = correction + (correction ^ i)
+            return (torch._int_mm(q, self.w.t()) - correction).float() * xs * self.ws
+
+    model = Diamonds(48, 64, torch.float32, False)
+    assert "not a multiple" in trace(model, *model.inputs(7)).report.misses[0].reason
     model = Deep(48, 64, torch.float32, False)
     assert len(trace(model, *model.inputs(7)).report.matches) == 1
