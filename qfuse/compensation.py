@@ -14,17 +14,10 @@ from torch.fx import Node
 
 from qfuse.constants import Constants
 from qfuse.inductor import fake_value, real_tensors
-from qfuse.normal_form import QLinear, equal, transposed_input
+from qfuse.normal_form import QLinear, equal, reshaped_input, transposed_input
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
-_VIEWS = {
-    aten.view.default,
-    aten.reshape.default,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-}
 # Column sums are exact in these for any K that we accept, and so are their multiples by |z| < 256.
 _WIDE = {torch.int32, torch.int64}
 
@@ -52,8 +45,8 @@ def _multiple_of_column_sums(node: Node, form: QLinear) -> int | None:
         # the same numbers, in another integer type or another shape
         case prims.convert_element_type.default, (Node() as s, dtype) if dtype in _WIDE:
             return _multiple_of_column_sums(s, form)
-        case target, (Node() as s, *_) if target in _VIEWS:
-            return _multiple_of_column_sums(s, form)
+        case _ if (reshaped := reshaped_input(node)) is not None:
+            return _multiple_of_column_sums(reshaped, form)
         # Σk w
         case aten.sum.dim_IntList, (Node() as w, [int() as dim], *_) if fake_value(node).dtype in _WIDE:
             return 1 if _is_weight_axis(w, dim, form) else None

@@ -20,6 +20,10 @@ disabled_patterns: list[str] = []
 # Names of lowerings that are not chosen, e.g. ["onednn"].
 disabled_lowerings: list[str] = []
 
+# Run each fusion beside the graph that it replaces, on example values, and reject it if it is worse: see
+# `qfuse.verification`. Slow: every fused op is compiled once more by itself. Environment variable: QFUSE_VERIFY=1.
+verify: bool = Config(default=False, env_name_default="QFUSE_VERIFY")
+
 
 def is_enabled() -> bool:
     """Tell whether to fuse; in the environment, words are understood as well."""

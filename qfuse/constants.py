@@ -23,9 +23,9 @@ class Constants:
             if self._is_constant(node):
                 self._known.add(node)
 
-    def __contains__(self, node: Node) -> bool:
+    def __contains__(self, node: object) -> bool:
         """Tell whether `node` is computed from constants and frozen parameters alone."""
-        return node in self._known or self._is_constant(node)
+        return isinstance(node, Node) and (node in self._known or self._is_constant(node))
 
     def _is_constant(self, node: Node) -> bool:
         if node.op == "get_attr":

@@ -19,6 +19,7 @@ from qfuse.steps import Step
 class Anchor(abc.ABC):
     """An operator that every graph of a family contains: matching starts at its nodes."""
 
+    #: Operators, or the names of operators that are registered only where their library is imported.
     targets: ClassVar[tuple[Target, ...]]
 
     @abc.abstractmethod

@@ -19,6 +19,7 @@ from qfuse.reasons import Decline
 from qfuse.records import Match, Miss, match_record, miss_record
 from qfuse.report import Report
 from qfuse.rewrite import replace_by_int8_linear
+from qfuse.verification import difference
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def _anchors(graph: Graph, families: tuple[Family, ...]) -> Iterator[tuple[Node,
             for target in anchor.targets:
                 by_target.setdefault(target, []).append((family, anchor))
     for node in graph.nodes:
-        if found := by_target.get(node.target):
+        if found := by_target.get(node.target) or by_target.get(str(node.target)):
             yield node, found
 
 
@@ -97,5 +98,6 @@ def _replace(family: Family, node: Node, walked: Walk, constants: Constants) -> 
         hint = "" if problem.weight_is_constant else why_not_frozen()
         return miss_record(node, pattern, replace(provider, hint=hint))
     record = match_record(form, pattern, provider.name)
-    replace_by_int8_linear(form, provider.name, provider.activation_dtype(problem), constants)
-    return record
+    check = difference if config.verify else None
+    declined = replace_by_int8_linear(form, provider.name, provider.activation_dtype(problem), constants, check)
+    return record if declined is None else miss_record(node, pattern, declined)

@@ -10,18 +10,23 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import FunctionType
 from typing import Any, cast
+from unittest import mock
 
 import torch
 from torch._inductor import config as _inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_custom_graph_passes
 from torch._logging._internal import trace_structured
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._config_module import _UNSET_SENTINEL
 from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
+    "compile_frozen_graph",
     "compile_like_inductor",
+    "concrete",
     "copy_origin",
     "emits_python",
     "fake_value",
@@ -209,6 +214,28 @@ def _freezing_unless_decided() -> dict[str, Any]:
     override = inductor_config._config["freezing"].user_override.get()
     decided = "TORCHINDUCTOR_FREEZING" in os.environ or override is not _UNSET_SENTINEL
     return {} if decided else {"freezing": True}
+
+
+def concrete(value: Any) -> Any:
+    """Return an example for a symbolic number: the one that the graph was traced with."""
+    return value.node.hint if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool) else value
+
+
+def compile_frozen_graph(gm: GraphModule, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """Compile a graph whose attributes are constants, inside another compile, and run it on `inputs`."""
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.virtualized import V
+
+    fake_mode = FakeTensorMode()
+    fakes = [fake_mode.from_tensor(tensor) for tensor in inputs]
+    context = torch._guards.TracingContext(fake_mode)
+    options = {_PASS_SLOT: None, "fx_graph_cache": False, "cpp_wrapper": False}
+    with V.set_fake_mode(fake_mode), torch._guards.tracing(context), _overridden(options):
+        with fake_mode, mock.patch.object(fake_mode, "allow_non_fake_inputs", True):
+            FakeTensorProp(gm, fake_mode).propagate_dont_convert_inputs(*fakes)
+        with mock.patch.object(fake_mode, "allow_non_fake_inputs", True):
+            compiled = compile_fx_inner(gm, fakes, is_inference=True)
+    return compiled(list(inputs))
 
 
 def with_fresh_code(function: Callable[..., Any]) -> Callable[..., Any]:

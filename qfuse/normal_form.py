@@ -76,7 +76,7 @@ class QLinear:
     """A node of the graph, read as a quantized linear.
 
     anchor: the matmul, [M, N].
-    value: the node that this form equals, of shape (*rows, N) with the product of rows equal to M.
+    value: the node that this form equals; a reshape of [M, N], most often (*rows, N).
     x: (*rows, K), of dtype x_dtype, or float and proven to hold integers of that range. x_dtype: int8 or uint8.
     weight: int8, [N, K] if k_axis is 1, [K, N] if it is 0.
     scales: the factors of the integer sum. offsets: what is added to it, each a product.
@@ -100,7 +100,7 @@ class QLinear:
     @property
     def m(self) -> Dim:
         """Rows of the result; may be symbolic."""
-        return math.prod(fake_value(self.value).shape[:-1])
+        return math.prod(fake_value(self.value).shape) // self.n if self.n else 0
 
     @property
     def k(self) -> Dim:
@@ -109,8 +109,17 @@ class QLinear:
 
     @property
     def n(self) -> Dim:
-        """Output features."""
-        return fake_value(self.value).shape[-1]
+        """Columns of the result."""
+        n = fake_value(self.weight).shape[1 - self.k_axis]
+        for kept in self.column_slices:
+            n = len(range(n)[kept.start : kept.end])
+        return n
+
+    @property
+    def has_columns_last(self) -> bool:
+        """Whether the last dimension of `value` is that of the columns, so that operands broadcast against it."""
+        shape = fake_value(self.value).shape
+        return bool(shape) and equal(shape[-1], self.n)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -229,11 +238,54 @@ def product_of(operand: Operand, value: Node) -> Product | None:
 MINUS_ONE = Factor(-1.0, Axis.SCALAR)
 
 
+#: Operators that may give their input another shape and leave the order of its elements.
+RESHAPES = (
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.clone.default,
+    aten.alias.default,
+)
+PERMUTES = (aten.permute.default, aten.transpose.int, aten.t.default)
+
+
+def reshaped_input(node: Node) -> Node | None:
+    """Return what `node` is a reshape of, element by element in the same order, or None.
+
+    A permutation is one as well if it moves dimensions of size one alone.
+    """
+    inner = node.args[0] if node.args else None
+    if not isinstance(inner, Node):
+        return None
+    if node.target in RESHAPES or (node.target is aten.expand.default and same_shape(inner, node)):
+        return inner
+    order = permutation(node)
+    if order is None:
+        return None
+    shape = fake_value(inner).shape
+    moved = [d for d in order if not equal(shape[d], 1)]
+    return inner if moved == sorted(moved) else None
+
+
+def permutation(node: Node) -> list[int] | None:
+    """Return the order of dimensions that a permuting `node` gives its input, or None."""
+    rank = len(fake_value(node).shape) if node.target in PERMUTES else 0
+    match node.target, node.args:
+        case aten.permute.default, (_, [*dims]):
+            return [d % rank for d in dims if isinstance(d, int)]
+        case aten.t.default, _:
+            return list(reversed(range(rank)))
+        case aten.transpose.int, (_, int() as i, int() as j):
+            order = list(range(rank))
+            order[i], order[j] = order[j], order[i]
+            return order
+    return None
+
+
 def transposed_input(node: Node) -> Node | None:
     """Return the matrix that `node` is the transpose of, or None."""
-    match node.target, node.args:
-        case (aten.permute.default, (Node() as matrix, [1, 0])) | (aten.t.default, (Node() as matrix,)):
-            return matrix
-        case aten.transpose.int, (Node() as matrix, (0 | 1) as i, (0 | 1) as j) if i != j:
-            return matrix if len(fake_value(matrix).shape) == 2 else None
-    return None
+    inner = node.args[0] if permutation(node) == [1, 0] else None
+    return inner if isinstance(inner, Node) else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from qfuse.normal_form import (
     same_shape,
     transposed_input,
 )
+from qfuse.reasons import Decline
 
 aten, prims, ops = torch.ops.aten, torch.ops.prims, torch.ops.qfuse
 
@@ -60,19 +61,33 @@ class Emitter:
             self._graph.erase_node(node)
 
 
-def replace_by_int8_linear(form: QLinear, lowering: str, x_dtype: torch.dtype, constants: Constants) -> None:
-    """Compute `form.value` by `qfuse::int8_linear`, with an activation of `x_dtype`; all or nothing."""
+def replace_by_int8_linear(
+    form: QLinear,
+    lowering: str,
+    x_dtype: torch.dtype,
+    constants: Constants,
+    check: Callable[[QLinear, Node, Constants], str | None] | None = None,
+) -> Decline | None:
+    """Compute `form.value` by `qfuse::int8_linear`, with an activation of `x_dtype`; all or nothing.
+
+    check: given the form, the fused op's node and the constants, says why it must not be used, or None.
+    """
     emit = Emitter(form.anchor.graph, form.value)
     try:
         result = _Rewriter(emit, form, constants).result(lowering, x_dtype)
         if not same_shape(result, form.value) or fake_value(result).dtype != form.dtype:
             raise RuntimeError(f"{fake_value(result)} cannot replace {fake_value(form.value)}")
+        reason = check(form, result, constants) if check else None
+        if reason is not None:
+            emit.take_back()
+            return Decline(reason, form.value)
     except Exception:
         emit.take_back()
         raise
     copy_origin(form.anchor, emit.nodes)
     _erase_assertions(form)
     form.value.replace_all_uses_with(result)
+    return None
 
 
 def _erase_assertions(form: QLinear) -> None:

@@ -22,12 +22,14 @@ from qfuse.constants import Constants
 from qfuse.inductor import fake_value
 from qfuse.normal_form import (
     MINUS_ONE,
+    PERMUTES,
+    RESHAPES,
     Axis,
     Product,
     QLinear,
     Range,
-    equal,
     product_of,
+    reshaped_input,
     same_shape,
 )
 from qfuse.reasons import Decline
@@ -65,37 +67,32 @@ def steps_by_target(steps: tuple[Step, ...]) -> dict[Target, Step]:
 
 
 class Convert(Step):
-    """to(float)(v) = v, without the rounding, and without the overflow to inf that float16 adds."""
+    """to(float)(v) = v, without the rounding, and without the overflow to inf that float16 adds.
+
+    An unscaled integer sum may have been computed in float, and be converted to an integer.
+    """
 
     targets = (prims.convert_element_type.default,)
 
     def apply(self, form: QLinear, node: Node, constants: Constants) -> QLinear | Decline:
         """See `Step.apply`."""
         dtype = fake_value(node).dtype
-        if dtype in FLOATS:
+        is_integer = not form.scales and not form.offsets
+        if dtype in FLOATS or (is_integer and dtype in (torch.int32, torch.int64)):
             return replace(form, value=node)
         return Decline(f"converted to {dtype}, which is not a float that the fused op can return", node)
 
 
 class View(Step):
-    """view(v), as long as the last dimension stays N: then it still runs over the columns."""
+    """view(v): the same elements, in the same order, in another shape."""
 
-    targets = (
-        aten.view.default,
-        aten.reshape.default,
-        aten._unsafe_view.default,
-        aten.unsqueeze.default,
-        aten.squeeze.dim,
-        aten.squeeze.dims,
-        aten.clone.default,
-    )
+    targets = RESHAPES + PERMUTES
 
     def apply(self, form: QLinear, node: Node, constants: Constants) -> QLinear | Decline:
         """See `Step.apply`."""
-        shape = fake_value(node).shape
-        if shape and equal(shape[-1], form.n):
+        if reshaped_input(node) is form.value:
             return form.viewed(node)
-        return Decline(f"reshaped to {tuple(shape)}: the last dimension is no longer N = {form.n}", node)
+        return Decline("the dimensions of the result are permuted", node)
 
 
 class Expand(Step):
@@ -121,8 +118,8 @@ class Slice(Step):
         dim, start, end = given.get("dim", 0), given.get("start", 0), given.get("end")
         if given.get("step", 1) != 1 or not isinstance(start, int) or not isinstance(end, int):
             return Decline("sliced by something else than numbers, or with a step", node)
-        if len(fake_value(form.value).shape) != 2:
-            return Decline("sliced while it has more than two dimensions", node)
+        if len(fake_value(form.value).shape) != 2 or not form.has_columns_last:
+            return Decline("sliced while it is no matrix of rows and columns", node)
         axis = Axis.COLUMN if dim in (1, -1) else Axis.ROW
         return form.sliced(axis, Range(start, end), node)
 
@@ -265,6 +262,9 @@ def _as_product(form: QLinear, node: Node, operand: object, what: str) -> Produc
         return Decline(f"combined with an integer {what} before the conversion to float", node)
     if fake_value(node).dtype not in FLOATS:
         return Decline(f"computed in {fake_value(node).dtype}, which the fused op does not do", node)
+    if not form.has_columns_last:
+        shape = tuple(fake_value(form.value).shape)
+        return Decline(f"the {what} is applied to a result reshaped to {shape}, across its {form.n} columns", node)
     if not same_shape(node, form.value):
         return Decline(f"the {what} changes the shape to {tuple(fake_value(node).shape)}", node)
     product = product_of(operand, form.value)
@@ -281,7 +281,7 @@ def _corrected(form: QLinear, node: Node, correction: object, sign: int, constan
         return Decline("a number is subtracted from the accumulator, or added to it", node)
     if not same_shape(node, form.value):
         return Decline(f"the correction changes the shape to {tuple(fake_value(node).shape)}", node)
-    if not is_column_shaped(correction, form):
+    if not form.has_columns_last or not is_column_shaped(correction, form):
         return Decline("what corrects the accumulator does not vary over columns alone", node)
     z = zero_point_of(correction, form, constants)
     if z is None or abs(z) > 255:

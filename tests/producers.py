@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._higher_order_ops.out_dtype import out_dtype
+from torch.nn import functional as F
 from torchao.quantization import (
     Int8DynamicActivationInt8WeightConfig,
     Int8StaticActivationInt8WeightConfig,
@@ -21,6 +23,7 @@ from torchao.quantization import (
     quantize_,
 )
 from torchao.quantization.quant_primitives import MappingType
+from transformers.integrations.gemma_quant import QuantizedLinear
 
 
 def quantized(m: int, k: int, dtype: torch.dtype = torch.int8) -> torch.Tensor:
@@ -180,6 +183,112 @@ class P9(P4):
         return self.plus_bias(y.to(self.dtype)).reshape(*q.shape[:-1], self.n)
 
 
+class Float(Written):
+    """A float activation in, which forward quantizes; `scale` and `zero_point` are of rows or of nothing."""
+
+    def inputs(self, *rows: int) -> tuple[Tensor, ...]:
+        return (torch.randn(*rows, self.k, dtype=self.dtype),)
+
+
+class T1(Written):
+    """torchao up to 0.6, CPU: both operands dequantized, no integer matmul."""
+
+    def __init__(self, n: int, k: int, dtype: torch.dtype, bias: bool) -> None:
+        super().__init__(n, k, dtype, bias)
+        self.register_buffer("zero_point", torch.zeros(n, dtype=torch.int64))
+
+    def forward(self, q: Tensor, xs: Tensor) -> Tensor:
+        x = q.to(torch.int32).to(self.dtype) * xs
+        w = (self.w.to(torch.int32) - self.zero_point.to(torch.int32).view(-1, 1)).to(self.dtype) * self.ws.view(-1, 1)
+        return F.linear(x, w, self.b)
+
+
+class T4(Float):
+    """torchao 0.7 to 0.17, asymmetric activation: a zero point of rows, in float."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        low, high = x.amin(-1, True).clamp_max(0), x.amax(-1, True).clamp_min(0)
+        scale = ((high - low) / 255).clamp_min(torch.finfo(torch.float32).eps).to(torch.float32)
+        zero_point = (-128 - (low / scale).round()).clamp(-128, 127).to(torch.int8)
+        q = ((x * (1 / scale)).round() + zero_point).clamp(-128, 127).to(torch.int8)
+        x = ((q.to(torch.float32) - zero_point.to(torch.float32)) * scale).to(self.dtype)
+        return F.linear(x, self.w.to(self.dtype) * self.ws.view(-1, 1), self.b)
+
+
+class T4Old(T4):
+    """torchao 0.7 and 0.9: the zero point is int64, the scale float64."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        low, high = x.amin(-1, True).clamp_max(0), x.amax(-1, True).clamp_min(0)
+        scale = ((high - low) / 255).clamp_min(torch.finfo(torch.float32).eps).to(torch.float64)
+        zero_point = (-128 - (low / scale).round()).clamp(-128, 127).to(torch.int64)
+        q = ((x * (1 / scale)).round() + zero_point).clamp(-128, 127).to(torch.int8)
+        x = ((q.to(torch.int32) - zero_point.to(torch.int32)).to(torch.float32) * scale).to(self.dtype)
+        return F.linear(x, self.w.to(self.dtype) * self.ws.view(-1, 1), self.b)
+
+
+class X1(Written):
+    """torch_xla: an integer matmul of three dimensions, the weight's scale first."""
+
+    def forward(self, q: Tensor, xs: Tensor) -> Tensor:
+        y = torch.matmul(q.to(torch.int32), self.w.t().to(torch.int32))
+        return self.plus_bias((y * self.ws * xs).to(self.dtype))
+
+
+class Einsum(X1):
+    """The same, written with einsum and float operands that hold integers."""
+
+    def forward(self, q: Tensor, xs: Tensor) -> Tensor:
+        y = torch.einsum("...k,nk->...n", q.float(), self.w.float()).to(torch.int32)
+        return self.plus_bias((y * self.ws * xs).to(self.dtype))
+
+
+class OutDtype(Written):
+    """torchao's safe_int_mm on CPU, compiled: `out_dtype` of a float matmul."""
+
+    def forward(self, q: Tensor, xs: Tensor) -> Tensor:
+        y = out_dtype(torch.ops.aten.mm.default, torch.int32, q.reshape(-1, self.k).float(), self.w.t().float())
+        return self.plus_bias((y * self.ws * xs.reshape(-1, 1)).to(self.dtype).reshape(*q.shape[:-1], self.n))
+
+
+class P12(Float):
+    """compressed-tensors, llm-compressor W8A8: quantized and dequantized without ever being int8."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = x.abs().amax(-1, True) / 127.5
+        x = (x / scale).clamp(-128, 127).round() * scale
+        return F.linear(x, self.w.to(self.dtype) * self.ws.view(-1, 1), self.b)
+
+
+class P12Static(Float):
+    """The same with a calibrated scale and zero point."""
+
+    def __init__(self, n: int, k: int, dtype: torch.dtype, bias: bool) -> None:
+        super().__init__(n, k, dtype, bias)
+        self.register_buffer("scale", torch.tensor([0.03]).to(dtype))
+        self.register_buffer("zero_point", torch.tensor([5], dtype=torch.int8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = (x / self.scale + self.zero_point.to(self.dtype)).clamp(-128, 127).round()
+        x = (q.to(self.dtype) - self.zero_point.to(self.dtype)) * self.scale
+        return F.linear(x, self.w.to(self.dtype) * self.ws.view(-1, 1), self.b)
+
+
+class P14(Float):
+    """transformers, Gemma with static ranges: its own module, calibrated for the input."""
+
+    def __init__(self, n: int, k: int, dtype: torch.dtype, bias: bool) -> None:
+        super().__init__(n, k, dtype, bias)
+        self.linear = QuantizedLinear(k, n, bias).to(dtype)
+        with torch.no_grad():
+            self.linear.weight.copy_(self.w)
+            self.linear.weight_scale.copy_(self.ws.view(-1, 1))
+            self.linear.input_activation_scale.fill_(0.03)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
 class TorchAO(nn.Module):
     """A linear quantized by torchao itself: float activation in, float out."""
 
@@ -244,8 +353,11 @@ def _torchao(**config: Any) -> Callable[[int, int, torch.dtype, bool], Any]:
 PER_TOKEN, PER_TENSOR, STATIC = "int8.dynamic_per_token", "int8.dynamic_per_tensor", "int8.static_per_tensor"
 
 ROWS = (
+    Row("T1", T1, PER_TOKEN),
     Row("T2", T2, PER_TOKEN),
     Row("T3", T3, PER_TOKEN),
+    Row("T4", T4, PER_TOKEN + "_asymmetric"),
+    Row("T4-float64", T4Old, PER_TOKEN + "_asymmetric"),
     Row("T5", T5, PER_TOKEN),
     Row("T7", T7, PER_TOKEN),
     Row("T7-torchao", _torchao(), PER_TOKEN),
@@ -264,4 +376,10 @@ ROWS = (
     Row("P1/P2", P1, PER_TOKEN),
     Row("P4", P4, PER_TOKEN),
     Row("P9", P9, PER_TOKEN),
+    Row("P12", P12, PER_TOKEN),
+    Row("P12-static", P12Static, STATIC),
+    Row("P14", P14, STATIC),
+    Row("X1", X1, PER_TOKEN),
+    Row("einsum", Einsum, PER_TOKEN),
+    Row("out_dtype", OutDtype, PER_TOKEN),
 )

@@ -72,25 +72,42 @@ def in_float64(model: Model, *args: Any) -> Any:
 
 
 class _Float64(Interpreter):
-    """Evaluates without rounding whatever has the size of the matmul's result: vectors of scales stay as they are."""
+    """Evaluates what follows from quantized integers without rounding.
+
+    Integers that become floats, what is rounded to integers, and results of integer matmuls are float64, and so is all
+    that is computed from them, and whatever else has the size of a matmul's result. Scales stay as they are.
+    """
 
     sizes: frozenset[int] = frozenset()
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target is torch.ops.aten._int_mm.default:
-            result = super().call_function(target, args, kwargs).double()
-            self.sizes |= {result.numel()}
-            return result
         tensors = [a for a in args if isinstance(a, torch.Tensor)]
         exact = any(t.dtype is torch.float64 for t in tensors)
-        if exact and target is torch.ops.prims.convert_element_type.default:
-            return args[0]
-        result = super().call_function(target, args, kwargs)
-        floats = isinstance(result, torch.Tensor) and result.is_floating_point() and bool(tensors)
-        if exact or (floats and result.numel() in self.sizes):
-            args = tuple(a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
-            return super().call_function(target, args, kwargs).double()
+        if target is prims.convert_element_type.default:
+            value, dtype = args
+            if not dtype.is_floating_point:
+                return super().call_function(target, args, kwargs)
+            return value.double() if exact or not value.is_floating_point() else value.to(dtype)
+        result = super().call_function(target, self._doubled(args) if exact else args, kwargs)
+        if target in _MATMULS:
+            self.sizes |= {result.numel()}
+        if target in _STARTS or (_is_float(result) and tensors and result.numel() in self.sizes and not exact):
+            return (
+                result if target in _STARTS else super().call_function(target, self._doubled(args), kwargs)
+            ).double()
         return result
+
+    def _doubled(self, args: Any) -> Any:
+        return tuple(a.double() if _is_float(a) else a for a in args)
+
+
+aten, prims = torch.ops.aten, torch.ops.prims
+_MATMULS = (aten._int_mm.default, aten.mm.default, aten.addmm.default, aten.bmm.default)
+_STARTS = (aten._int_mm.default, aten.round.default)
+
+
+def _is_float(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 class _Snapshot(CustomGraphPass):
