@@ -163,7 +163,8 @@ def _interval(node: object, depth: int = 16) -> _Interval:
             return _interval(inner, depth - 1).clamped(*bounds, *[None] * (2 - len(bounds)))
         case prims.convert_element_type.default, (inner, _) if dtype.is_floating_point:
             of = _interval(inner, depth - 1)
-            return of if of.low >= -_EXACT and of.high <= _EXACT else _Interval()
+            narrows = isinstance(inner, Node) and dtype.itemsize < fake_value(inner).dtype.itemsize
+            return _Interval() if narrows and (of.low < -_EXACT or of.high > _EXACT) else of
         case aten.add.Tensor, (a, b) if not node.kwargs:
             p, q = _interval(a, depth - 1), _interval(b, depth - 1)
             return _Interval(p.low + q.low, p.high + q.high, p.integer and q.integer)

@@ -354,10 +354,10 @@ NEGATIVES: dict[str, tuple[Callable[..., Any], str]] = {
         "used by 2 nodes",
     ),
     "never scaled": (lambda s, q, xs: _accumulator(s, q).float().relu(), "aten.relu.default"),
-    "transposed before it is scaled": (lambda s, q, xs: _accumulator(s, q).t().float() * s.ws[0], "aten.permute"),
+    "transposed before it is scaled": (lambda s, q, xs: _accumulator(s, q).t().float() * s.ws[0], "permuted"),
     "reshaped across columns": (
         lambda s, q, xs: _accumulator(s, q).view(-1, 24).float() * s.ws[:24],
-        "the last dimension is no longer N",
+        "across its 48 columns",
     ),
     "constant subtracted from the accumulator": (
         lambda s, q, xs: (_shifted(s, q) - s.w.sum(1, dtype=torch.int32) * 128 - 1).float() * xs * s.ws,
