@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch.fx import Graph, GraphModule, Interpreter
+from torch.fx import Graph, GraphModule, Interpreter, Node
 
 import qfuse
 from qfuse.fusion_pass import FUSION_PASS
 from qfuse.inductor import compile_like_inductor, installed_passes, with_fresh_code
+from qfuse.normal_form import reshaped_input
 from qfuse.records import recording
 
 Model = Callable[..., Any]
@@ -32,6 +33,7 @@ class Traced:
     report: qfuse.Report
     before: list[str]
     after: list[str]
+    outputs: list[str]
 
 
 def _boxed(run: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
@@ -111,13 +113,19 @@ def _is_float(value: object) -> bool:
 
 
 class _Snapshot(CustomGraphPass):
-    """Notes the operators of each graph that passes by."""
+    """Notes the operators of each graph that passes by, and those that its outputs are reshapes of."""
 
     def __init__(self) -> None:
         self.ops: list[str] = []
+        self.outputs: list[str] = []
 
     def __call__(self, graph: Graph) -> None:
         self.ops += [str(n.target) for n in graph.nodes if n.op == "call_function"]
+        for output in graph.output_node().all_input_nodes:
+            below: Node | None = output
+            while below is not None:
+                node, below = below, reshaped_input(below)
+            self.outputs.append(str(node.target))
 
     def uuid(self) -> None:
         return None
@@ -139,7 +147,7 @@ def trace(model: Model, *args: Any) -> Traced:
     """Run `model` fused, its canonical ops by their reference implementation, without a compile."""
     with recording() as (matches, misses), snapshots() as (before, after):
         result = _run_with(model, args, lambda gm, a: gm(*a), graph_pass=FUSION_PASS, options=None)
-    return Traced(result, qfuse.Report(matches, misses), before.ops, after.ops)
+    return Traced(result, qfuse.Report(matches, misses), before.ops, after.ops, after.outputs)
 
 
 def compile_and_run(model: Model, *args: Any, **kwargs: Any) -> tuple[Any, qfuse.Report]:
