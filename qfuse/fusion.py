@@ -9,14 +9,14 @@ from dataclasses import replace
 import torch
 from torch.fx import Graph, Node
 
-from qfuse import config
+from qfuse import config, graph_text, hints
 from qfuse.constants import Constants
 from qfuse.family import Anchor, Family
-from qfuse.inductor import is_training_graph, why_not_frozen
+from qfuse.inductor import is_training_graph
 from qfuse.match import Walk, walk
 from qfuse.problem import Problem
 from qfuse.reasons import Decline
-from qfuse.records import Match, Miss, match_record, miss_record
+from qfuse.records import Match, Miss, is_observed, match_record, miss_record
 from qfuse.report import Report
 from qfuse.rewrite import replace_by_int8_linear
 
@@ -73,11 +73,12 @@ def _fuse_one(family: Family, anchor: Anchor, node: Node, constants: Constants, 
         if walked is None:
             return None
         if training:
-            return miss_record(node, family.name, _TRAINING)
+            return miss_record(node, family.name, _TRAINING, walked.trail)
         return _replace(family, node, walked, constants)
     except Exception as error:
         log.debug("qfuse failed at %s", node.format_node(), exc_info=True)
-        return miss_record(node, family.name, Decline(f"internal error, please report it: {error!r}"))
+        reason = f"internal error, please report it: {error!r}"
+        return miss_record(node, family.name, Decline(reason, hint=hints.INTERNAL_ERROR))
 
 
 def _replace(family: Family, node: Node, walked: Walk, constants: Constants) -> Match | Miss:
@@ -87,15 +88,20 @@ def _replace(family: Family, node: Node, walked: Walk, constants: Constants) -> 
     form = walked.form
     if form is None:
         nearest = family.name if walked.reached is None else family.name_of(walked.reached, constants)
-        return miss_record(node, nearest, walked.stop)
+        return miss_record(node, nearest, walked.stop, walked.trail)
     pattern = family.name_of(form, constants)
     if pattern in config.disabled_patterns:
-        return miss_record(node, pattern, Decline("disabled by qfuse.config.disabled_patterns"))
+        disabled = Decline("disabled by qfuse.config.disabled_patterns", hint=hints.DISABLED_PATTERN)
+        return miss_record(node, pattern, disabled, walked.trail)
     problem = Problem.of(form, constants)
     provider = choose(problem)
     if isinstance(provider, Decline):
-        hint = "" if problem.weight_is_constant else why_not_frozen()
-        return miss_record(node, pattern, replace(provider, hint=hint))
+        return miss_record(node, pattern, replace(provider, hint=hints.for_lowering(problem)), walked.trail)
     record = match_record(form, pattern, provider.name)
+    known = set(node.graph.nodes) if is_observed() else None
+    if known is not None:
+        record = replace(record, before=graph_text.lines(walked.trail[: walked.trail.index(form.value) + 1]))
     replace_by_int8_linear(form, provider.name, provider.activation_dtype(problem), constants)
+    if known is not None:
+        record = replace(record, after=graph_text.lines([n for n in node.graph.nodes if n not in known]))
     return record

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch._inductor import config as _inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_custom_graph_passes
-from torch._logging._internal import trace_structured
+from torch._logging._internal import trace_log, trace_structured
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._config_module import _UNSET_SENTINEL
@@ -31,6 +31,7 @@ __all__ = [
     "frozen_inputs",
     "install_pass",
     "installed_passes",
+    "is_traced",
     "is_training_graph",
     "real_tensors",
     "remove_pass",
@@ -144,9 +145,14 @@ def real_tensors() -> Iterator[None]:
         yield
 
 
-def trace_json(name: str, payload: str) -> None:
+def is_traced() -> bool:
+    """Tell whether a structured trace is being written; torch takes its handler away where none is wanted."""
+    return bool(trace_log.handlers)
+
+
+def trace_json(name: str, payload: Callable[[], str]) -> None:
     """Add a JSON artifact to the structured trace (`TORCH_TRACE`, read by tlparse)."""
-    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "json"}, payload_fn=lambda: payload)
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "json"}, payload_fn=payload)
 
 
 def compile_like_inductor(
