@@ -24,7 +24,9 @@ _SCALES = (aten.mul.Tensor, aten.div.Tensor, aten.addcmul.default)
 def for_unknown_operator(user: Node) -> str:
     """Advise where no step knows the operator of `user`."""
     if user.op == "output":
-        return "apply the scales in the compiled model; if a graph break ends it here (TORCH_LOGS=graph_breaks), mend it"
+        return (
+            "apply the scales in the compiled model; if a graph break ends it here (TORCH_LOGS=graph_breaks), mend it"
+        )
     return "apply it after the scales and the bias; if a quantizer has put it there, please report that"
 
 

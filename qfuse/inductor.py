@@ -22,12 +22,14 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
     "compile_like_inductor",
+    "compiler",
     "copy_origin",
     "emits_python",
     "fake_value",
     "freezes",
     "freezing",
     "freezing_by_default",
+    "freezing_setting",
     "frozen_inputs",
     "install_pass",
     "installed_passes",
@@ -88,6 +90,28 @@ def freezing_by_default(on: bool) -> None:
         return
     inductor_config._config["freezing"].default = on
     _forget_cached_options(["freezing"])
+
+
+def freezing_setting() -> tuple[bool, str]:
+    """Return whether freezing is on in this thread, and who has decided it."""
+    if inductor_config._config["freezing"].user_override.get() is not _UNSET_SENTINEL:
+        by = "set in torch._inductor.config.freezing"
+    elif "TORCHINDUCTOR_FREEZING" in os.environ:
+        by = "set by TORCHINDUCTOR_FREEZING"
+    else:
+        by = "the default with qfuse" if inductor_config.freezing else "the default"
+    return bool(inductor_config.freezing), by
+
+
+def compiler() -> str | None:
+    """Return the C++ compiler that Inductor would call, or None."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        return get_cpp_compiler()
+    except (InvalidCxxCompiler, OSError):
+        return None
 
 
 def emits_python() -> bool:

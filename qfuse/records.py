@@ -45,9 +45,9 @@ class Match:
 class Miss:
     """A quantized matmul that was not fused, and why.
 
-    anchor: the operator and its name in the graph. pattern: the nearest pattern. node: where matching ended, node_source
-    and code: that node's place in the user's code. step: the rule that declined, or "". module, source: of the anchor.
-    chain: the graph from the anchor to the users of the last node that matched, as in `Match.before`.
+    anchor: the operator and its name in the graph. pattern: the nearest pattern. hint: what to change, or "".
+    node: where matching ended; node_source and code: its place in the user's code. step: the rule that declined, or "".
+    module, source: of the anchor. chain: the graph from there to what uses the last node that matched, as in `Match`.
     """
 
     anchor: str

@@ -84,10 +84,11 @@ class Misses:
 
     @property
     def ended_at(self) -> str:
-        """The node, its place in the user's code and the rule that declined; "" where no node is to blame."""
+        """The node, the rule that declined and the place where that is another; "" where no node is to blame."""
         miss = self.first
+        place = miss.node_source if miss.node_source != miss.source else ""
         node = f"{miss.node} in {miss.step}" if miss.step else miss.node
-        return ", ".join(part for part in (node, short_path(miss.node_source)) if part)
+        return ", ".join(part for part in (node, short_path(place)) if part)
 
 
 def group(misses: Iterable[Miss]) -> list[Misses]:
