@@ -41,7 +41,7 @@ def for_step(form: QLinear, user: Node, constants: Constants) -> str:
     if user.kwargs.keys() & {"alpha", "value"}:
         return "multiply in an operation of its own, instead of by `alpha` or `value`"
     if not before.is_floating_point and not after.is_floating_point:
-        return _for_integers(form, others, constants)
+        return _for_integers(form, user, constants)
     if others and after in _FLOATS:
         if user.target is aten.div.Tensor and user.args[0] is not form.value:
             return ""
@@ -51,8 +51,10 @@ def for_step(form: QLinear, user: Node, constants: Constants) -> str:
     return ""
 
 
-def _for_integers(form: QLinear, others: list[Node], constants: Constants) -> str:
-    if others and form.weight not in constants:
+def _for_integers(form: QLinear, user: Node, constants: Constants) -> str:
+    if user.target not in (aten.add.Tensor, aten.sub.Tensor):
+        return "convert the accumulator to float first"
+    if len(user.all_input_nodes) > 1 and form.weight not in constants:
         return why_not_frozen()  # then column sums that the quantizer has computed before can be compared
     return "subtract nothing but zero point · column sums of this weight; convert to float before anything else"
 

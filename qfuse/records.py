@@ -106,7 +106,8 @@ def _module(node: Node) -> str:
 
 def _source(node: Node) -> tuple[str, str]:
     """Return file:line of the innermost frame of the user's code, and the code there."""
-    frames = re.findall(r'File "(.+)", line (\d+).*\n?(.*)', node.meta.get("stack_trace") or "")
+    frame = r'File "(.+)", line (\d+).*(?:\n(?! *File ")(.*))?'  # without code, where Python does not find the file
+    frames = re.findall(frame, node.meta.get("stack_trace") or "")
     of_user = [(f"{path}:{line}", code.strip()) for path, line, code in frames if not path.startswith(_PACKAGE)]
     return of_user[-1] if of_user else ("", "")
 

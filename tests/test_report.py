@@ -69,7 +69,8 @@ def _miss(forward: Callable[[Odd, Tensor], Any]) -> Miss:
         (lambda s, acc: (acc.float() * s.ws, acc.sum()), "", "take what else needs this value"),
         (lambda s, acc: acc.double() * s.ws, "Convert", "compute in float32, bfloat16 or float16"),
         (lambda s, acc: acc.view(-1, 24).float() * s.ws[:24], "View", "keep the shape"),
-        (lambda s, acc: acc * 2, "Multiply", "convert to float before anything else"),
+        (lambda s, acc: acc * 2, "Multiply", "convert the accumulator to float first"),
+        (lambda s, acc: (acc - 3).float() * s.ws, "Subtract", "subtract nothing but zero point"),
         (lambda s, acc: torch.add(acc.float(), s.ws, alpha=2) * s.ws, "Add", "instead of by `alpha`"),
         (lambda s, acc: acc.float() * s.ws.expand(7, 48).cumsum(0), "Multiply", "no groups along K"),
         (lambda s, acc: acc.float() + s.ws.expand(7, 48).cumsum(0), "Add", "apply the scales first"),
@@ -94,6 +95,13 @@ def test_a_miss_tells_where_in_the_code() -> None:
     assert miss.code.startswith("return scaled * scaled")
     assert miss.source != miss.node_source
     assert any(line.startswith(f"%{miss.node} = aten.mul.Tensor(") for line in miss.chain)
+
+
+def test_code_that_python_does_not_find() -> None:
+    namespace: dict[str, Any] = {}
+    exec(compile("def forward(s, acc):\n    return acc.float().relu()", "<generated>", "exec"), namespace)
+    miss = _miss(namespace["forward"])
+    assert (miss.node_source, miss.code) == ("<generated>:2", "")
 
 
 def test_hints_without_a_lowering() -> None:
