@@ -83,6 +83,11 @@ class Misses:
         return f"{count}{operator} in {', '.join(names[:_NAMED])}{more}"
 
     @property
+    def source(self) -> str:
+        """The line of the matmuls, or "" where they are on several."""
+        return short_path(self.first.source) if len({m.source for m in self.all}) == 1 else ""
+
+    @property
     def ended_at(self) -> str:
         """The node, the rule that declined and the place where that is another; "" where no node is to blame."""
         miss = self.first
@@ -96,7 +101,8 @@ def group(misses: Iterable[Miss]) -> list[Misses]:
     groups: dict[tuple[str, ...], list[Miss]] = {}
     for m in misses:
         operator = m.anchor.partition(" (")[0]
-        key = (operator, m.pattern, m.reason, m.hint, m.step, m.source, m.node_source)
+        line = m.source if m.node else ""  # where no node is to blame, no line is
+        key = (operator, m.pattern, m.reason, m.hint, m.step, line, m.node_source)
         groups.setdefault(key, []).append(m)
     return [Misses(members[0], members) for members in groups.values()]
 
@@ -133,7 +139,7 @@ def _misses(groups: Sequence[Misses]) -> Table:
     for g in groups:
         rows = {
             "matmul": g.where,
-            "source": short_path(g.first.source),
+            "source": g.source,
             "reason": g.first.reason,
             "ended at": g.ended_at,
             "code": g.first.code,

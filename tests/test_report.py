@@ -156,7 +156,12 @@ def _of_layer(i: int) -> Miss:
 def test_equal_misses_are_told_once() -> None:
     (misses,) = group([_of_layer(i) for i in range(6)])
     assert misses.where == ("6 × aten._int_mm.default in layers.0.wq, layers.1.wq, layers.2.wq, layers.3.wq and 2 more")
+    assert misses.source == "model/attention.py:28"
     assert len(group([_of_layer(0), replace(MISS, reason="other")])) == 2
+    assert len(group([_of_layer(0), replace(MISS, source="elsewhere.py:1")])) == 2
+    nobody = replace(MISS, node="", step="", node_source="", code="")
+    (misses,) = group([nobody, replace(nobody, source="elsewhere.py:1")])
+    assert misses.source == ""
 
 
 @pytest.mark.parametrize("columns", [60, 100, 120, 300])
