@@ -28,6 +28,12 @@ def int_mm(x: Any, weight_t: Any) -> ir.TensorBox:
     return lowerings[aten._int_mm.default](x, weight_t)
 
 
+@register_lowering(torch.ops.qfuse.mm.default, type_promotion_kind=None)
+def mm(x: Any, weight_t: Any) -> ir.TensorBox:
+    """Lower `qfuse::mm` as `aten.mm`."""
+    return lowerings[aten.mm.default](x, weight_t)
+
+
 @register_lowering(torch.ops.qfuse.int8_linear.default, type_promotion_kind=None)
 def int8_linear(
     x: Any,

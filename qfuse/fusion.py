@@ -9,14 +9,14 @@ from dataclasses import replace
 import torch
 from torch.fx import Graph, Node
 
-from qfuse import config
+from qfuse import config, graph_text, hints
 from qfuse.constants import Constants
 from qfuse.family import Anchor, Family
-from qfuse.inductor import is_training_graph, why_not_frozen
+from qfuse.inductor import is_training_graph
 from qfuse.match import Walk, walk
 from qfuse.problem import Problem
 from qfuse.reasons import Decline
-from qfuse.records import Match, Miss, match_record, miss_record
+from qfuse.records import Match, Miss, is_observed, match_record, miss_record
 from qfuse.report import Report
 from qfuse.rewrite import replace_by_int8_linear
 from qfuse.verification import difference
@@ -45,16 +45,23 @@ def fuse(graph: Graph) -> Report:
 
 
 def shield(graph: Graph) -> None:
-    """Hide integer matmuls that were not fused from Inductor's own patterns.
+    """Hide integer matmuls that were not fused from Inductor's own patterns (as of torch 2.13).
 
-    They run under freezing, which qfuse has switched on, and take any two multiplications behind an `_int_mm` for
-    scales, whatever their shapes: results are wrong with the weight's scale first, and K = 0 ends the process
-    (torch 2.13).
+    They run under freezing, which qfuse has switched on. They take any two multiplications behind an `_int_mm` for
+    scales, whatever their shapes: results are wrong with the weight's scale first, and K = 0 ends the process. And they
+    pack the weight of any `mm` as if it were float, which fails for integers.
     """
     constants = Constants(graph)
-    for node in graph.find_nodes(op="call_function", target=torch.ops.aten._int_mm.default):
-        if node.args[1] in constants:
-            node.target = torch.ops.qfuse.int_mm.default
+    for target, hidden in _HIDDEN.items():
+        for node in graph.find_nodes(op="call_function", target=target):
+            if node.args[1] in constants and not fake_value(node).dtype.is_floating_point:
+                node.target = hidden
+
+
+_HIDDEN = {
+    torch.ops.aten._int_mm.default: torch.ops.qfuse.int_mm.default,
+    torch.ops.aten.mm.default: torch.ops.qfuse.mm.default,
+}
 
 
 def _anchors(graph: Graph, families: tuple[Family, ...]) -> Iterator[tuple[Node, list[tuple[Family, Anchor]]]]:
@@ -74,11 +81,12 @@ def _fuse_one(family: Family, anchor: Anchor, node: Node, constants: Constants, 
         if walked is None:
             return None
         if training:
-            return miss_record(node, family.name, _TRAINING)
+            return miss_record(node, family.name, _TRAINING, walked.trail)
         return _replace(family, node, walked, constants)
     except Exception as error:
         log.debug("qfuse failed at %s", node.format_node(), exc_info=True)
-        return miss_record(node, family.name, Decline(f"internal error, please report it: {error!r}"))
+        reason = f"internal error, please report it: {error!r}"
+        return miss_record(node, family.name, Decline(reason, hint=hints.INTERNAL_ERROR))
 
 
 def _replace(family: Family, node: Node, walked: Walk, constants: Constants) -> Match | Miss:
@@ -88,16 +96,23 @@ def _replace(family: Family, node: Node, walked: Walk, constants: Constants) -> 
     form = walked.form
     if form is None:
         nearest = family.name if walked.reached is None else family.name_of(walked.reached, constants)
-        return miss_record(node, nearest, walked.stop)
+        return miss_record(node, nearest, walked.stop, walked.trail)
     pattern = family.name_of(form, constants)
     if pattern in config.disabled_patterns:
-        return miss_record(node, pattern, Decline("disabled by qfuse.config.disabled_patterns"))
+        disabled = Decline("disabled by qfuse.config.disabled_patterns", hint=hints.DISABLED_PATTERN)
+        return miss_record(node, pattern, disabled, walked.trail)
     problem = Problem.of(form, constants)
     provider = choose(problem)
     if isinstance(provider, Decline):
-        hint = "" if problem.weight_is_constant else why_not_frozen()
-        return miss_record(node, pattern, replace(provider, hint=hint))
+        return miss_record(node, pattern, replace(provider, hint=hints.for_lowering(problem)), walked.trail)
     record = match_record(form, pattern, provider.name)
+    before = set(node.graph.nodes) if is_observed() else None
+    if before is not None:
+        record = replace(record, before=graph_text.lines(walked.trail[: walked.trail.index(form.value) + 1]))
     check = difference if config.verify else None
     declined = replace_by_int8_linear(form, provider.name, provider.activation_dtype(problem), constants, check)
-    return record if declined is None else miss_record(node, pattern, declined)
+    if declined is not None:
+        return miss_record(node, pattern, declined, walked.trail)
+    if before is not None:
+        record = replace(record, after=graph_text.lines([n for n in node.graph.nodes if n not in before]))
+    return record

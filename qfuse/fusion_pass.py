@@ -90,7 +90,7 @@ def _observed(graph: Graph, name: str, graph_pass: Callable[[Graph], Any]) -> An
 
 def _tell(report: Report) -> None:
     publish(list(report.matches), list(report.misses))
-    trace_json("qfuse_matches", report.to_json())
+    trace_json("qfuse_matches", report.to_json)
     log.info("%s", report.summary())
     for miss in report.misses:
         log.info(

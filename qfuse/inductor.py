@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 from torch._inductor import config as _inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_custom_graph_passes
-from torch._logging._internal import trace_structured
+from torch._logging._internal import trace_log, trace_structured
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 __all__ = [
     "compile_frozen_graph",
     "compile_like_inductor",
+    "compiler",
     "concrete",
     "copy_origin",
     "emits_python",
@@ -33,9 +34,11 @@ __all__ = [
     "freezes",
     "freezing",
     "freezing_by_default",
+    "freezing_setting",
     "frozen_inputs",
     "install_pass",
     "installed_passes",
+    "is_traced",
     "is_training_graph",
     "real_tensors",
     "remove_pass",
@@ -94,6 +97,28 @@ def freezing_by_default(on: bool) -> None:
     _forget_cached_options(["freezing"])
 
 
+def freezing_setting() -> tuple[bool, str]:
+    """Return whether freezing is on in this thread, and who has decided it."""
+    if inductor_config._config["freezing"].user_override.get() is not _UNSET_SENTINEL:
+        by = "set in torch._inductor.config.freezing"
+    elif "TORCHINDUCTOR_FREEZING" in os.environ:
+        by = "set by TORCHINDUCTOR_FREEZING"
+    else:
+        by = "the default with qfuse" if inductor_config.freezing else "the default"
+    return bool(inductor_config.freezing), by
+
+
+def compiler() -> str | None:
+    """Return the C++ compiler that Inductor would call, or None."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        return get_cpp_compiler()
+    except (InvalidCxxCompiler, OSError):
+        return None
+
+
 def emits_python() -> bool:
     """Tell whether the graph being compiled will be called from Python (not from C++: `cpp_wrapper`, AOTInductor)."""
     from torch._inductor.virtualized import V
@@ -149,9 +174,14 @@ def real_tensors() -> Iterator[None]:
         yield
 
 
-def trace_json(name: str, payload: str) -> None:
+def is_traced() -> bool:
+    """Tell whether a structured trace is being written; torch takes its handler away where none is wanted."""
+    return bool(trace_log.handlers)
+
+
+def trace_json(name: str, payload: Callable[[], str]) -> None:
     """Add a JSON artifact to the structured trace (`TORCH_TRACE`, read by tlparse)."""
-    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "json"}, payload_fn=lambda: payload)
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "json"}, payload_fn=payload)
 
 
 def compile_like_inductor(

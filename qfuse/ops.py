@@ -15,8 +15,8 @@ out_dtype, lowering) -> y`
     offset_rows, offset_columns: equally many, each [M], and [N] or [1], float32: they remove zero points of rows.
     lowering: the name of the lowering that was chosen when the graph was matched.
 
-`qfuse::int_mm(x, weight_t) -> y`
-    `aten._int_mm` under a name that Inductor's own patterns do not know (see `qfuse.fusion`).
+`qfuse::int_mm(x, weight_t) -> y`, `qfuse::mm(x, weight_t) -> y`
+    `aten._int_mm` and `aten.mm` under names that Inductor's own patterns do not know (see `qfuse.fusion.shield`).
 """
 
 from __future__ import annotations
@@ -33,11 +33,22 @@ _library.define(
 
 
 _library.define("int_mm(Tensor x, Tensor weight_t) -> Tensor")
+_library.define("mm(Tensor x, Tensor weight_t) -> Tensor")
 
 
 @torch.library.impl(_library, "int_mm", "CompositeExplicitAutograd")
 def _int_mm(x: Tensor, weight_t: Tensor) -> Tensor:
     return torch._int_mm(x, weight_t)
+
+
+@torch.library.impl(_library, "mm", "CompositeExplicitAutograd")
+def _mm(x: Tensor, weight_t: Tensor) -> Tensor:
+    return torch.mm(x, weight_t)
+
+
+@torch.library.register_fake("qfuse::mm", lib=_library)
+def _mm_fake(x: Tensor, weight_t: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], weight_t.shape[1]))
 
 
 @torch.library.register_fake("qfuse::int_mm", lib=_library)

@@ -14,8 +14,10 @@ class Decline:
     reason: what does not hold, in terms of the user's graph.
     node: the graph node where it does not hold.
     hint: what the user can change, or "" where nothing is wrong on his side.
+    step: the rule of the algebra that declined, or "" where there is none for the operator.
     """
 
     reason: str
     node: Node | None = None
     hint: str = ""
+    step: str = ""

@@ -7,12 +7,14 @@ import contextlib
 import contextvars
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch.fx import Node
 
+from qfuse import graph_text
+from qfuse.inductor import is_traced
 from qfuse.normal_form import QLinear
 from qfuse.reasons import Decline
 
@@ -25,7 +27,8 @@ class Match:
     """A quantized linear that was fused.
 
     shape: M×K×N; a dynamic M as its symbol. dtypes: activation → output. module: the module's path in the model, or "".
-    source: file:line of the call in the user's code, or "".
+    source: file:line of the call in the user's code, or "". before, after: the graph around it, a line a node; empty
+    unless somebody is looking (`is_observed`).
     """
 
     pattern: str
@@ -34,13 +37,17 @@ class Match:
     dtypes: str
     module: str
     source: str
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Miss:
     """A quantized matmul that was not fused, and why.
 
-    anchor: the operator and its name in the graph. pattern: the nearest pattern. node: where matching ended.
+    anchor: the operator and its name in the graph. pattern: the nearest pattern. hint: what to change, or "".
+    node: where matching ended; node_source and code: its place in the user's code. step: the rule that declined, or "".
+    module, source: of the anchor. chain: the graph from there to what uses the last node that matched, as in `Match`.
     """
 
     anchor: str
@@ -50,6 +57,10 @@ class Miss:
     hint: str
     module: str
     source: str
+    step: str = ""
+    node_source: str = ""
+    code: str = ""
+    chain: tuple[str, ...] = ()
 
 
 def match_record(form: QLinear, pattern: str, lowering: str) -> Match:
@@ -61,12 +72,13 @@ def match_record(form: QLinear, pattern: str, lowering: str) -> Match:
         shape=f"{form.m}×{form.k}×{form.n}",
         dtypes=f"{x} → {out}".replace("torch.", ""),
         module=_module(form.anchor),
-        source=_source(form.anchor),
+        source=_source(form.anchor)[0],
     )
 
 
-def miss_record(anchor: Node, pattern: str, decline: Decline) -> Miss:
-    """Record that the matmul `anchor` was not fused."""
+def miss_record(anchor: Node, pattern: str, decline: Decline, trail: Sequence[Node] = ()) -> Miss:
+    """Record that the matmul `anchor` was not fused. trail: the nodes that matched."""
+    node_source, code = ("", "") if decline.node is None else _source(decline.node)
     return Miss(
         anchor=f"{anchor.target} ({anchor.name})",
         pattern=pattern,
@@ -74,7 +86,11 @@ def miss_record(anchor: Node, pattern: str, decline: Decline) -> Miss:
         node=decline.node.name if decline.node is not None else "",
         hint=decline.hint,
         module=_module(anchor),
-        source=_source(anchor),
+        source=_source(anchor)[0],
+        step=decline.step,
+        node_source=node_source,
+        code=code,
+        chain=graph_text.lines([*trail, *trail[-1].users]) if trail and is_observed() else (),
     )
 
 
@@ -88,11 +104,12 @@ def _module(node: Node) -> str:
     return re.sub(r"(?:\._modules)?\['?([^'\]]+)'?\]", r".\1", path).lstrip(".")
 
 
-def _source(node: Node) -> str:
-    """Return file:line of the innermost frame of the user's code."""
-    frames = re.findall(r'File "(.+)", line (\d+)', node.meta.get("stack_trace", ""))
-    of_user = [f"{path}:{line}" for path, line in frames if not path.startswith(_PACKAGE)]
-    return of_user[-1] if of_user else ""
+def _source(node: Node) -> tuple[str, str]:
+    """Return file:line of the innermost frame of the user's code, and the code there."""
+    frame = r'File "(.+)", line (\d+).*(?:\n(?! *File ")(.*))?'  # without code, where Python does not find the file
+    frames = re.findall(frame, node.meta.get("stack_trace") or "")
+    of_user = [(f"{path}:{line}", code.strip()) for path, line, code in frames if not path.startswith(_PACKAGE)]
+    return of_user[-1] if of_user else ("", "")
 
 
 class _Statistics:
@@ -144,6 +161,11 @@ def recording() -> Iterator[tuple[list[Match], list[Miss]]]:
         yield lists
     finally:
         _recorder.reset(token)
+
+
+def is_observed() -> bool:
+    """Tell whether somebody will look at records closely: then they hold the graph's text as well, which takes time."""
+    return _recorder.get() is not None or is_traced()
 
 
 def publish(matches: list[Match], misses: list[Miss]) -> None:

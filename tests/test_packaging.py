@@ -34,7 +34,8 @@ def test_wheel(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("qfuse-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"qfuse", "_qfuse_autoload"}
-    for needed in ("qfuse/patterns/int8.py", "qfuse/lowerings/onednn.py", "qfuse/py.typed"):
+    data = ("qfuse/py.typed", "qfuse/templates/report.html.jinja")
+    for needed in ("qfuse/patterns/int8.py", "qfuse/lowerings/onednn.py", *data):
         assert needed in names
     target, empty = tmp_path / "site", tmp_path / "empty"
     empty.mkdir()
