@@ -33,6 +33,8 @@ aten = torch.ops.aten
 #: The largest K for which no sum of K products of a uint8 and an int8 leaves int32: 2^31 // (255 · 128).
 MAX_K = 65793
 
+_TEST = "tests/test_int8.py"
+
 
 class IntMM(Anchor):
     """`aten._int_mm`: int8 or uint8 [M, K] times int8 [K, N]."""
@@ -213,9 +215,54 @@ FAMILY = Family(
     anchors=(IntMM(), IntScaledMM(), EmulatedMM()),
     steps=ALGEBRA,
     patterns=(
-        Pattern("int8.dynamic_per_token_asymmetric", "torchao, asymmetric activation", _per_token_asymmetric),
-        Pattern("int8.dynamic_per_token", "torchao dynamic activation (PerRow), SDNQ", _per_token),
-        Pattern("int8.static_per_tensor", "torchao static activation, SmoothQuant", _static),
-        Pattern("int8.dynamic_per_tensor", "torchao dynamic activation (PerTensor)", _any),
+        Pattern(
+            "int8.dynamic_per_token_asymmetric",
+            (
+                "torchao 0.18 with an asymmetric activation",
+                "torchao 0.17, version 2: a symmetric activation has a zero point as well",
+            ),
+            _per_token_asymmetric,
+            graph="acc · xs[M] · ws[N] − z[M] · xs[M] · Σk W[N, k] · ws[N] + b[N]",
+            conditions=("what removes z is a sum of products, each of factors of rows, of columns, or of neither",),
+            test=_TEST,
+        ),
+        Pattern(
+            "int8.dynamic_per_token",
+            (
+                "torchao 0.7 to 0.18, dynamic int8 activation (PerRow), with and without SmoothQuant",
+                "SDNQ, with and without bias",
+                "per-row int8 of image pipelines and trainers, in which the weight's scale may come first",
+            ),
+            _per_token,
+            graph="acc · xs[M] · ws[N] + b[N]",
+            conditions=("a scale has one value a row",),
+            test=_TEST,
+        ),
+        Pattern(
+            "int8.static_per_tensor",
+            ("torchao 0.18, static activation, symmetric or not",),
+            _static,
+            graph="acc · xs · ws[N] − z · xs · Σk W[N, k] · ws[N] + b[N]",
+            conditions=("every scale is a constant or a number",),
+            test=_TEST,
+        ),
+        Pattern(
+            "int8.dynamic_per_tensor",
+            ("torchao 0.18, dynamic activation (PerTensor)",),
+            _any,
+            graph="acc · xs · ws[N] + b[N]",
+            conditions=("a scale of one value is computed from the activation",),
+            test=_TEST,
+        ),
+    ),
+    conditions=(
+        "the activation is int8 or uint8 and the weight int8, and the sizes of the weight are static",
+        f"K ≤ {MAX_K}: no sum leaves int32",
+        "the result is float32, bfloat16 or float16, and something has scaled it",
+        "a zero point that integers remove is a number, and proven: what is subtracted is z · Σk W, computed in the "
+        "graph or a constant",
+        "the weight is a constant: a parameter or a buffer that the model does not change, in a graph that is compiled "
+        "under `torch.no_grad()` and frozen",
+        "nothing else uses what is computed on the way",
     ),
 )

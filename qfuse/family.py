@@ -32,13 +32,21 @@ class Pattern:
     """A named kind of quantized linear.
 
     name: `family.variant`, as in logs, statistics and `qfuse.config.disabled_patterns`.
-    producers: who emits it, for people.
+    producers: who emits it, and which versions do.
     is_kind: whether a form is of this kind; a family's first pattern that says yes names the match.
+    graph: what it computes, in the notation of `docs/patterns.md`.
+    conditions: what has to hold beyond the family's conditions.
+    test: the file that tests it.
+
+    All but `is_kind` is for people: `scripts/docs` writes it to `docs/patterns.md`.
     """
 
     name: str
-    producers: str
+    producers: tuple[str, ...]
     is_kind: Callable[[QLinear, Constants], bool]
+    graph: str
+    conditions: tuple[str, ...]
+    test: str
 
 
 @dataclass(frozen=True)
@@ -46,12 +54,14 @@ class Family:
     """Patterns that share their anchors and their algebra.
 
     anchors, steps, patterns: in the order in which they are tried.
+    conditions: what has to hold for any of the patterns to be fused, for people.
     """
 
     name: str
     anchors: tuple[Anchor, ...]
     steps: tuple[Step, ...]
     patterns: tuple[Pattern, ...]
+    conditions: tuple[str, ...] = ()
 
     def name_of(self, form: QLinear, constants: Constants) -> str:
         """Return the name of the first pattern that `form` is one of, or the family's while it has no scale."""
