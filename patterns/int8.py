@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch.fx import Node
 
-from qfuse.constants import Constants
+from qfuse.constants import Constants, is_zero
 from qfuse.dequantized import Dequantized, dequantized
 from qfuse.family import Anchor, Family, Pattern
 from qfuse.inductor import fake_value, real_tensors
@@ -86,7 +86,7 @@ class EmulatedMM(Anchor):
             return Decline("the weight is quantized to int8, but the activation is not, or not provably", node)
         if fake_value(w.q).dtype is not torch.int8:
             return Decline("the weight is not int8", node)
-        if w.zero_point is not None and not _is_zero(w.zero_point, constants):
+        if w.zero_point is not None and not is_zero(w.zero_point.operand, constants):
             return Decline("the weight has zero points", node)
         if node.kwargs:
             return Decline("addmm with factors (alpha, beta)", node)
@@ -163,19 +163,9 @@ def _of_columns(factor: Factor) -> Factor:
     return Factor(factor.operand, Axis.SCALAR if factor.axis is Axis.SCALAR else Axis.COLUMN, factor.inverse)
 
 
-def _is_zero(zero_point: Factor, constants: Constants) -> bool:
-    operand = zero_point.operand
-    if not isinstance(operand, Node):
-        return operand == 0
-    if operand not in constants:
-        return False
-    with real_tensors():
-        return not constants.value(operand).any()
-
-
 def _with_zero_point(form: QLinear, x: Dequantized, scales: Product, constants: Constants) -> QLinear:
     """Account for the activation's zero point: as an integer where it is one and known, else as an offset."""
-    if x.zero_point is None or _is_zero(x.zero_point, constants):
+    if x.zero_point is None or is_zero(x.zero_point.operand, constants):
         return form
     known = _known_integer(x.zero_point, constants)
     if known is not None:
@@ -229,7 +219,9 @@ FAMILY = Family(
         Pattern(
             "int8.dynamic_per_token",
             (
-                "torchao 0.7 to 0.18, dynamic int8 activation (PerRow), with and without SmoothQuant",
+                "torchao up to 0.18, dynamic int8 activation (PerRow), with and without SmoothQuant",
+                "torch_xla, per-channel linear with a dynamic activation",
+                "compressed-tensors and llm-compressor, W8A8 with a dynamic activation",
                 "SDNQ, with and without bias",
                 "per-row int8 of image pipelines and trainers, in which the weight's scale may come first",
             ),
@@ -240,7 +232,11 @@ FAMILY = Family(
         ),
         Pattern(
             "int8.static_per_tensor",
-            ("torchao 0.18, static activation, symmetric or not",),
+            (
+                "torchao 0.18, static activation, symmetric or not",
+                "compressed-tensors and llm-compressor, W8A8 with a static activation",
+                "transformers, Gemma with static ranges",
+            ),
             _static,
             graph="acc · xs · ws[N] − z · xs · Σk W[N, k] · ws[N] + b[N]",
             conditions=("every scale is a constant or a number",),

@@ -5,24 +5,36 @@ Set them like torch's own: `qfuse.config.disabled_patterns = ["int8.static_per_t
 A misspelt name raises `AttributeError`.
 """
 
+import os
 import sys
 from typing import TYPE_CHECKING
 
 from torch.utils._config_module import Config, install_config_module
 
+
+def _names(variable: str) -> list[str]:
+    """Read names that are separated by commas from the environment."""
+    return [name.strip() for name in os.environ.get(variable, "").split(",") if name.strip()]
+
+
 # Fuse at all. The environment variable QFUSE=0 (or 1) has the last word. Unlike `qfuse.disable()` this leaves freezing
 # on, and Inductor's own, unsound patterns for int8 matmuls off.
 enabled: bool = Config(default=True, env_name_force="QFUSE")
 
-# Names of patterns that are not fused, e.g. ["int8.dynamic_per_token"]; `qfuse.stats()` shows the names.
-disabled_patterns: list[str] = []
+# Names of patterns that are not fused, e.g. ["int8.dynamic_per_token"]; `qfuse.stats()` shows the names. In the
+# environment: QFUSE_DISABLED_PATTERNS=int8.dynamic_per_token,int8.static_per_tensor
+disabled_patterns: list[str] = _names("QFUSE_DISABLED_PATTERNS")
 
-# Names of lowerings that are not chosen, e.g. ["onednn"].
-disabled_lowerings: list[str] = []
+# Names of lowerings that are not chosen, e.g. ["onednn"]. In the environment: QFUSE_DISABLED_LOWERINGS.
+disabled_lowerings: list[str] = _names("QFUSE_DISABLED_LOWERINGS")
 
 # Run each fusion beside the graph that it replaces, on example values, and reject it if it is worse: see
 # `qfuse.verification`. Slow: every fused op is compiled once more by itself. Environment variable: QFUSE_VERIFY=1.
 verify: bool = Config(default=False, env_name_default="QFUSE_VERIFY")
+
+# Make only the first so many fusions of the process, and decline the others, to find by bisection the one that is to
+# blame for a difference; -1 is no limit. torch's own compiler bisector finds it by itself.
+fusion_limit: int = int(os.environ.get("QFUSE_FUSION_LIMIT", "-1"))
 
 
 def is_enabled() -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from qfuse.inductor import freezes, frozen_inputs
+from qfuse.inductor import freezes, frozen_inputs, real_tensors
 
 
 class Constants:
@@ -62,3 +62,13 @@ class Constants:
         assert callable(target)
         args, kwargs = map_arg((node.args, node.kwargs), self._values.__getitem__)
         return target(*args, **kwargs)
+
+
+def is_zero(operand: object, constants: Constants) -> bool:
+    """Tell whether an operand is the number zero, or a constant that is zero throughout."""
+    if isinstance(operand, int | float):
+        return operand == 0
+    if not isinstance(operand, Node) or operand not in constants:
+        return False
+    with real_tensors():
+        return not constants.value(operand).any()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,9 +11,10 @@ import torch
 from torch.fx import Graph, Node
 
 from qfuse import config, graph_text, hints
+from qfuse.bisection import is_bisected_away
 from qfuse.constants import Constants
 from qfuse.family import Anchor, Family
-from qfuse.inductor import is_training_graph
+from qfuse.inductor import fake_value, is_training_graph
 from qfuse.match import Walk, walk
 from qfuse.problem import Problem
 from qfuse.reasons import Decline
@@ -30,6 +32,7 @@ def fuse(graph: Graph) -> Report:
     """Fuse the quantized linears of `graph`, in place, and report what was done. What fails is a miss."""
     from qfuse.patterns import FAMILIES
 
+    _warn_of_unknown_names(tuple(config.disabled_patterns), FAMILIES)
     matches: list[Match] = []
     misses: list[Miss] = []
     constants = Constants(graph)
@@ -42,6 +45,13 @@ def fuse(graph: Graph) -> Report:
     if matches:
         graph.eliminate_dead_code()
     return Report(matches, misses)
+
+
+@functools.cache
+def _warn_of_unknown_names(names: tuple[str, ...], families: tuple[Family, ...]) -> None:
+    known = [pattern.name for family in families for pattern in family.patterns]
+    for name in set(names) - set(known):
+        log.warning("qfuse.config.disabled_patterns: there is no pattern %r; there are %s", name, ", ".join(known))
 
 
 def shield(graph: Graph) -> None:
@@ -106,6 +116,8 @@ def _replace(family: Family, node: Node, walked: Walk, constants: Constants) -> 
     if isinstance(provider, Decline):
         return miss_record(node, pattern, replace(provider, hint=hints.for_lowering(problem)), walked.trail)
     record = match_record(form, pattern, provider.name)
+    if is_bisected_away(f"qfuse: {pattern} {record.module or node.name}"):
+        return miss_record(node, pattern, Decline("left out to bisect"), walked.trail)
     before = set(node.graph.nodes) if is_observed() else None
     if before is not None:
         record = replace(record, before=graph_text.lines(walked.trail[: walked.trail.index(form.value) + 1]))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch.fx import Node
 
-from qfuse import graph_text
+from qfuse import bisection, graph_text
 from qfuse.inductor import is_traced
 from qfuse.normal_form import QLinear
 from qfuse.reasons import Decline
@@ -145,8 +145,9 @@ def stats() -> dict[str, int]:
 
 
 def reset_stats() -> None:
-    """Set the counts of `stats()` back to none."""
+    """Set the counts of `stats()`, and that of `qfuse.config.fusion_limit`, back to none."""
     statistics.reset()
+    bisection.restart()
 
 
 _recorder: contextvars.ContextVar[tuple[list[Match], list[Miss]] | None] = contextvars.ContextVar("qfuse", default=None)

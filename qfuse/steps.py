@@ -18,7 +18,7 @@ from torch.fx import Node
 from torch.fx.node import Target
 
 from qfuse.compensation import is_column_shaped, zero_point_of
-from qfuse.constants import Constants
+from qfuse.constants import Constants, is_zero
 from qfuse.inductor import fake_value
 from qfuse.normal_form import (
     MINUS_ONE,
@@ -185,7 +185,7 @@ class Add(Step):
         if not fake_value(node).dtype.is_floating_point:
             return _corrected(form, node, other, -1, constants)
         offset = _as_product(form, node, other, "summand")
-        return offset if isinstance(offset, Decline) else form.plus(offset, node)
+        return offset if isinstance(offset, Decline) else _plus(form, offset, node, constants)
 
 
 class Addcmul(Step):
@@ -207,7 +207,7 @@ class Addcmul(Step):
             return offset
         for factor in scale:
             form = form.scaled(factor, node)
-        return form.plus(offset, node)
+        return _plus(form, offset, node, constants)
 
 
 class Subtract(Step):
@@ -229,8 +229,8 @@ class Subtract(Step):
         if isinstance(offset, Decline):
             return offset
         if minuend is form.value:
-            return form.plus((MINUS_ONE, *offset), node)
-        return form.scaled(MINUS_ONE, node).plus(offset, node)
+            return _plus(form, (MINUS_ONE, *offset), node, constants)
+        return _plus(form.scaled(MINUS_ONE, node), offset, node, constants)
 
 
 #: Every rule, for any family to take.
@@ -273,6 +273,13 @@ def _as_product(form: QLinear, node: Node, operand: object, what: str) -> Produc
     shape = tuple(fake_value(operand).shape) if isinstance(operand, Node) else ()
     against = tuple(fake_value(form.value).shape)
     return Decline(f"the {what} of shape {shape} varies over neither rows nor columns of {against}", node)
+
+
+def _plus(form: QLinear, offset: Product, node: Node, constants: Constants) -> QLinear:
+    """Add an offset, unless it is zero: producers remove zero points that are not there."""
+    if any(is_zero(factor.operand, constants) for factor in offset):
+        return replace(form, value=node)
+    return form.plus(offset, node)
 
 
 def _corrected(form: QLinear, node: Node, correction: object, sign: int, constants: Constants) -> QLinear | Decline:

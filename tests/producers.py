@@ -143,6 +143,16 @@ class T9(T8):
         return self.plus_bias((p * self.ws.reshape(-1)).reshape(*q.shape[:-1], self.n)).to(self.dtype)
 
 
+class T6(Written):
+    """torchao 0.17, version 2: it removes a zero point, which a symmetric activation does not have."""
+
+    def forward(self, q: Tensor, xs: Tensor) -> Tensor:
+        m = q.reshape(-1, self.k).shape[0]
+        y = torch._int_mm(q.reshape(-1, self.k), self.w.t()).to(self.dtype) * xs.reshape(-1, 1).expand(-1, self.n)
+        y = y - torch.full((m, 1), 0.0) * xs.reshape(-1, 1) * self.w.sum(-1).to(self.dtype)
+        return self.plus_bias((y * self.ws).to(self.dtype).reshape(*q.shape[:-1], self.n))
+
+
 class T17(T2):
     """torchao up to 0.15, SmoothFakeDynamicallyQuantizedLinear: the weight may be stored transposed."""
 
@@ -359,6 +369,7 @@ ROWS = (
     Row("T4", T4, PER_TOKEN + "_asymmetric"),
     Row("T4-float64", T4Old, PER_TOKEN + "_asymmetric"),
     Row("T5", T5, PER_TOKEN),
+    Row("T6", T6, PER_TOKEN),
     Row("T7", T7, PER_TOKEN),
     Row("T7-torchao", _torchao(), PER_TOKEN),
     Row("T7-torchao-reduced", _torchao(reduce_range=True), PER_TOKEN),

@@ -1,0 +1,110 @@
+"""Finding the one fusion that is to blame: a limit, switches by pattern, torch's compiler bisector, verification."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from producers import T2, TorchAO
+from support import run_python, trace
+from torch import Tensor, nn
+from torch._inductor.compiler_bisector import CompilerBisector
+
+import qfuse
+from qfuse.lowerings import by_name
+
+
+class Three(nn.Module):
+    """Three quantized linears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(TorchAO(48, 64, torch.float32, True) for _ in range(3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(layer(x) for layer in self.layers)
+
+
+@pytest.mark.parametrize("limit", [0, 2, 3, -1])
+def test_limit(limit: int) -> None:
+    model = Three()
+    with qfuse.config.patch(fusion_limit=limit):
+        report = trace(model, *model.layers[0].inputs(7)).report
+    fused = 3 if limit < 0 else limit
+    assert (len(report.matches), len(report.misses)) == (fused, 3 - fused)
+    assert {miss.reason for miss in report.misses} <= {"left out to bisect"}
+
+
+def test_environment() -> None:
+    code = """
+        import torch, qfuse
+        from test_bisection import Three
+        model = Three()
+        with torch.no_grad():
+            assert len(qfuse.explain(model, *model.layers[0].inputs(7)).matches) == 2
+            qfuse.reset_stats()
+            (row,) = qfuse.explain(model.layers[0], *model.layers[0].inputs(7)).matches
+            qfuse.config.disabled_patterns = ["int8.dynamic_per_token"]
+            assert not qfuse.explain(model, *model.layers[0].inputs(7)).matches
+        assert row.lowering == "aten"
+    """
+    run_python(code, QFUSE_FUSION_LIMIT="2", QFUSE_DISABLED_LOWERINGS="onednn, none")
+
+
+def test_unknown_names_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("qfuse.fusion.log.warning", lambda message, *args: told.append(message % args))
+    model = T2(48, 64, torch.float32, True)
+    with qfuse.config.patch(disabled_patterns=["int8.dynamic_per_tokenn"]):
+        trace(model, *model.inputs(7))
+    (message,) = told
+    assert "'int8.dynamic_per_tokenn'" in message
+    assert "int8.dynamic_per_token_asymmetric" in message
+
+
+def test_compiler_bisector(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of three linears is lowered wrongly; torch's bisector names it."""
+    model = Three()
+    (x,) = model.layers[0].inputs(7)
+    expected = model(x)
+    original = type(by_name("onednn")).matmul
+    weights: list[object] = []
+
+    def broken(self: object, *args: object) -> object:
+        result = original(self, *args)
+        weights.append(args[1])
+        name = torch._inductor.virtualized.V.graph.constants[args[1].get_name()]
+        is_second = torch.equal(name, model.layers[1].linear.weight.qdata)
+        return torch._inductor.lowering.lowerings[torch.ops.aten.mul.Tensor](result, 2.0) if is_second else result
+
+    monkeypatch.setattr(type(by_name("onednn")), "matmul", broken)
+
+    def is_right() -> bool:
+        torch._dynamo.reset()
+        qfuse.reset_stats()
+        results = torch.compile(model)(x)
+        return all(torch.allclose(r, e, atol=1e-3) for r, e in zip(results, expected, strict=True))
+
+    found = CompilerBisector.do_bisect(is_right)
+    assert weights
+    assert found is not None
+    assert "qfuse: int8.dynamic_per_token layers.1.linear" in str(found.debug_info)
+
+
+def test_verification_catches_a_broken_lowering(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Three()
+    (x,) = model.layers[0].inputs(7)
+    expected = model(x)
+    original = type(by_name("onednn")).matmul
+
+    def broken(self: object, *args: object) -> object:
+        return torch._inductor.lowering.lowerings[torch.ops.aten.mul.Tensor](original(self, *args), 1.001)
+
+    with qfuse.config.patch(verify=True):
+        assert len(trace(model, x).report.matches) == 3
+        monkeypatch.setattr(type(by_name("onednn")), "matmul", broken)
+        report = trace(model, x).report
+        assert not report.matches
+        assert all("verification failed" in miss.reason for miss in report.misses)
+        torch._dynamo.reset()
+        for result, value in zip(torch.compile(model)(x), expected, strict=True):
+            torch.testing.assert_close(result, value, atol=1e-4, rtol=1e-4)
