@@ -207,10 +207,7 @@ FAMILY = Family(
     patterns=(
         Pattern(
             "int8.dynamic_per_token_asymmetric",
-            (
-                "torchao 0.18 with an asymmetric activation",
-                "torchao 0.17, version 2: a symmetric activation has a zero point as well",
-            ),
+            ("torchao 0.7 to 0.18 with an asymmetric activation",),
             _per_token_asymmetric,
             graph="acc · xs[M] · ws[N] − z[M] · xs[M] · Σk W[N, k] · ws[N] + b[N]",
             conditions=("what removes z is a sum of products, each of factors of rows, of columns, or of neither",),

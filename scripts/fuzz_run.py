@@ -6,12 +6,14 @@ Prints the seed; the same seed tries the same graphs. A failure is shrunk, which
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import random
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
@@ -31,36 +33,39 @@ def main() -> int:
     chosen = random.randrange(2**32) if options.seed is None else options.seed
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    from epilogues import Recipe, check, legal, near_miss
+    from epilogues import check, legal, near_miss
 
     print(f"seed {chosen}", flush=True)
     phases = [Phase.explicit, Phase.generate] if options.no_shrink else list(Phase)
     for kind, recipe, all_fuse in (("legal", legal(), True), ("near miss", near_miss(), False)):
-        tried = 0
         start = time.monotonic()
-
-        def batch(recipes: list[Recipe], all_fuse: bool = all_fuse) -> None:
-            nonlocal tried
-            check(recipes, all_fuse=all_fuse)
-            tried += len(recipes)
-
-        _repeat(batch, recipe, -(-options.graphs // BATCH), chosen, phases)
-        print(
-            f"{tried} {kind} graphs: no wrong result{' and none unfused' * all_fuse}, {time.monotonic() - start:.0f} s",
-            flush=True,
-        )
+        tried = _try(recipe, functools.partial(check, all_fuse=all_fuse), options.graphs, chosen, phases)
+        what = f"{tried} {kind} graphs: no wrong result{' and none unfused' * all_fuse}"
+        print(f"{what}, {time.monotonic() - start:.0f} s", flush=True)
     return 0
 
 
-def _repeat(
-    body: Callable[..., None], recipe: st.SearchStrategy[object], times: int, chosen: int, phases: list[Phase]
-) -> None:
-    """Call `body` with as many random batches, reproducibly."""
+def _try(
+    recipe: st.SearchStrategy[Any], check: Callable[[list[Any]], None], graphs: int, chosen: int, phases: list[Phase]
+) -> int:
+    """Check that many random graphs, in batches, reproducibly; return how many."""
+    tried = 0
+
+    def batch(recipes: list[Any]) -> None:
+        nonlocal tried
+        check(recipes)
+        tried += len(recipes)
+
     limits = settings(
-        max_examples=times, deadline=None, database=None, phases=phases, suppress_health_check=list(HealthCheck)
+        max_examples=-(-graphs // BATCH),
+        deadline=None,
+        database=None,
+        phases=phases,
+        suppress_health_check=list(HealthCheck),
     )
     batches = st.lists(recipe, min_size=BATCH, max_size=BATCH, unique=True)
-    seed(chosen)(limits(given(batches)(body)))()
+    seed(chosen)(limits(given(batches)(batch)))()
+    return tried
 
 
 if __name__ == "__main__":
