@@ -65,10 +65,14 @@ class Constants:
 
 
 def is_zero(operand: object, constants: Constants) -> bool:
-    """Tell whether an operand is the number zero, or a constant that is zero throughout."""
+    """Tell whether an operand is the number zero, a constant of zeros, or a product with such a factor."""
     if isinstance(operand, int | float):
         return operand == 0
-    if not isinstance(operand, Node) or operand not in constants:
+    if not isinstance(operand, Node):
         return False
-    with real_tensors():
-        return not constants.value(operand).any()
+    if operand in constants:
+        with real_tensors():
+            return not constants.value(operand).any()
+    if operand.target is torch.ops.aten.mul.Tensor:
+        return any(is_zero(factor, constants) for factor in operand.args)
+    return False

@@ -153,6 +153,32 @@ class T6(Written):
         return self.plus_bias((y * self.ws).to(self.dtype).reshape(*q.shape[:-1], self.n))
 
 
+class T16(Written):
+    """torchao 0.7, SmoothQuant, static: a scalar scale, and an int64 zero point that is zero."""
+
+    def __init__(self, n: int, k: int, dtype: torch.dtype, bias: bool) -> None:
+        super().__init__(n, k, dtype, bias)
+        self.register_buffer("xs", torch.tensor(0.03).to(dtype))
+        self.register_buffer("zero_point", torch.tensor(0))
+
+    def inputs(self, *rows: int) -> tuple[Tensor, ...]:
+        return (torch.randn(*rows, self.k, dtype=self.dtype),)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = ((x / self.xs).round() + self.zero_point).clamp(-128, 127).to(torch.int8)
+        y = torch._int_mm(q.reshape(-1, self.k), self.w.t()).float()
+        y = (y * self.xs.reshape(1, 1).expand(y.shape)).to(self.dtype) * self.ws
+        return self.plus_bias(y.reshape(*x.shape[:-1], self.n))
+
+
+class Negated(Written):
+    """A producer that stores negative weights."""
+
+    def forward(self, q: Tensor, xs: Tensor) -> Tensor:
+        y = -torch._int_mm(q.reshape(-1, self.k), self.w.t()).float() * xs.reshape(-1, 1) * self.ws
+        return self.plus_bias(y.to(self.dtype)).reshape(*q.shape[:-1], self.n)
+
+
 class T17(T2):
     """torchao up to 0.15, SmoothFakeDynamicallyQuantizedLinear: the weight may be stored transposed."""
 
@@ -382,6 +408,7 @@ ROWS = (
     Row("T13-torchao", Smooth, PER_TOKEN),
     Row("T14-torchao", Static, STATIC),
     Row("T14-torchao-asymmetric", partial(Static, symmetric=False), STATIC),
+    Row("T16-static", T16, STATIC),
     Row("T17", T17, PER_TOKEN),
     Row("T18", T18, PER_TOKEN),
     Row("P1/P2", P1, PER_TOKEN),
@@ -390,6 +417,7 @@ ROWS = (
     Row("P12", P12, PER_TOKEN),
     Row("P12-static", P12Static, STATIC),
     Row("P14", P14, STATIC),
+    Row("negated", Negated, PER_TOKEN),
     Row("X1", X1, PER_TOKEN),
     Row("einsum", Einsum, PER_TOKEN),
     Row("out_dtype", OutDtype, PER_TOKEN),

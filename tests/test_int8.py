@@ -667,3 +667,101 @@ def test_deep_graph() -> None:
     assert "not a multiple" in trace(model, *model.inputs(7)).report.misses[0].reason
     model = Deep(48, 64, torch.float32, False)
     assert len(trace(model, *model.inputs(7)).report.matches) == 1
+
+
+# --- float matmuls that look emulated --------------------------------------------------------------------------------
+
+
+def _w(s: Written) -> Tensor:
+    return s.w.float() * s.ws.view(-1, 1)
+
+
+EMULATED_NEGATIVES: dict[str, tuple[Callable[..., Any], str]] = {
+    "weight only": (lambda s, q, xs: F.linear(xs * 0.1 + q.float().sin(), _w(s)), "the activation is not"),
+    "not rounded": (lambda s, q, xs: F.linear(q.float().sin().clamp(-128, 127) * xs, _w(s)), "the activation is not"),
+    "not clamped": (lambda s, q, xs: F.linear((q.float() * 1.5).round() * xs, _w(s)), "the activation is not"),
+    "clamped to more than 8 bits": (
+        lambda s, q, xs: F.linear((q.float() * 1.5).round().clamp(-129, 127) * xs, _w(s)),
+        "the activation is not",
+    ),
+    "clamped to what is no integer": (
+        lambda s, q, xs: F.linear((q.float() * 1.5).round().clamp(-10.5, 10.5) * xs, _w(s)),
+        "the activation is not",
+    ),
+    "scale of each element of K": (
+        lambda s, q, xs: F.linear(q.float() * torch.ones(64).cumsum(0) * xs, _w(s)),
+        "the activation is not",
+    ),
+    "zero point after the scale": (lambda s, q, xs: F.linear(q.float() * xs - xs, _w(s)), "the activation is not"),
+    "weight with zero points": (
+        lambda s, q, xs: F.linear(q.float() * xs, (s.w.float() - (s.b.view(-1, 1).round() + 100)) * 0.1),
+        "the weight has zero points",
+    ),
+    "addmm with beta": (
+        lambda s, q, xs: torch.addmm(s.b, q.float() * xs, _w(s).t(), beta=2),
+        "factors (alpha, beta)",
+    ),
+    "addmm with a residual": (
+        lambda s, q, xs: torch.addmm(q[:, :48].float(), q.float() * xs, _w(s).t()),
+        "varies over neither rows nor columns",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EMULATED_NEGATIVES)
+def test_emulated_declines(name: str) -> None:
+    forward, reason = EMULATED_NEGATIVES[name]
+    model = Hostile(forward)
+    inputs = model.inputs(7)
+    traced = trace(model, *inputs)
+    assert not traced.report.matches
+    assert [reason in miss.reason for miss in traced.report.misses] == [True], traced.report.misses
+    assert_no_worse(traced.result, model, *inputs)
+
+
+def test_weight_scale_of_each_element_of_k_is_an_ordinary_matmul() -> None:
+    model = Hostile(lambda s, q, xs: F.linear(q.float() * xs, s.w.float() * torch.ones(64).cumsum(0)))
+    report = trace(model, *model.inputs(7)).report
+    assert not report.matches
+    assert not report.misses
+
+
+def test_uncalibrated_ranges_are_not_quantized() -> None:
+    """Gemma's modules with a scale of zero do not quantize: then there is nothing to fuse."""
+    model = producers.P14(48, 64, torch.float32, True)
+    with torch.no_grad():
+        model.linear.input_activation_scale.zero_()
+    (x,) = model.inputs(7)
+    traced = trace(model, x)
+    assert not traced.report.matches
+    torch.testing.assert_close(traced.result, model(x))
+
+
+def test_integer_matmul_of_a_frozen_weight() -> None:
+    """Freezing packs the weight of any `mm` as float, and fails for integers: what is not fused is hidden from it."""
+    model = Hostile(lambda s, q, xs: (q.int() @ s.w.t().int()).relu())
+    inputs = model.inputs(7)
+    result, report = compile_and_run(model, *inputs)
+    assert len(report.misses) == 1
+    assert torch.equal(result, model(*inputs))
+
+
+def test_int_scaled_matmul() -> None:
+    """torchao's own operator, which it registers where Triton is installed; here by its schema alone."""
+    library = torch.library.Library("torchao", "FRAGMENT")
+    if not hasattr(torch.ops.torchao, "int_scaled_matmul"):
+        library.define("int_scaled_matmul(Tensor a, Tensor b, Tensor scales1) -> Tensor")
+        eager = "CompositeExplicitAutograd"
+        library.impl("int_scaled_matmul", lambda a, b, s: torch._int_mm(a, b).to(s.dtype) * s, eager)
+        fake = lambda a, b, s: s.new_empty((a.shape[0], b.shape[1]))  # noqa: E731
+        torch.library.register_fake("torchao::int_scaled_matmul", fake, lib=library)
+
+    def forward(s: Written, q: Tensor, xs: Tensor) -> Tensor:
+        return torch.ops.torchao.int_scaled_matmul(q, s.w.t(), xs.expand(-1, s.n)) * s.ws + s.b
+
+    model = Hostile(forward)
+    q, xs = model.inputs(7)
+    traced = trace(model, q, xs)
+    assert [m.pattern for m in traced.report.matches] == ["int8.dynamic_per_token"]
+    expected = (q.double() @ model.w.double().t()) * xs * model.ws + model.b
+    assert error(traced.result, expected) < 1e-6
