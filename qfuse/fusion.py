@@ -38,10 +38,9 @@ def fuse(graph: Graph) -> Report:
     constants = Constants(graph)
     training = is_training_graph(graph)
     for node, candidates in list(_anchors(graph, FAMILIES)):
-        outcomes = [_fuse_one(*candidate, node, constants, training) for candidate in candidates]
-        found = [o for o in outcomes if o is not None]
-        matches += [o for o in found if isinstance(o, Match)]
-        misses += [o for o in found if isinstance(o, Miss)]
+        outcome = _fuse_by_first(candidates, node, constants, training)
+        matches += [outcome] if isinstance(outcome, Match) else []
+        misses += [outcome] if isinstance(outcome, Miss) else []
     if matches:
         graph.eliminate_dead_code()
     return Report(matches, misses)
@@ -83,6 +82,19 @@ def _anchors(graph: Graph, families: tuple[Family, ...]) -> Iterator[tuple[Node,
     for node in graph.nodes:
         if found := by_target.get(node.target) or by_target.get(str(node.target)):
             yield node, found
+
+
+def _fuse_by_first(
+    candidates: list[tuple[Family, Anchor]], node: Node, constants: Constants, training: bool
+) -> Match | Miss | None:
+    """Fuse by the first family that can; if none can, the first that knows the node says why."""
+    first_miss = None
+    for family, anchor in candidates:
+        outcome = _fuse_one(family, anchor, node, constants, training)
+        if isinstance(outcome, Match):
+            return outcome
+        first_miss = first_miss or outcome
+    return first_miss
 
 
 def _fuse_one(family: Family, anchor: Anchor, node: Node, constants: Constants, training: bool) -> Match | Miss | None:
