@@ -46,7 +46,7 @@ def test_compiles_to_onednn(row: Row) -> None:
     # without it Inductor keeps the bf16 scale in float32, and quantizes otherwise than the eager graph
     options = {"emulate_precision_casts": True}
     with fresh_cache():
-        result, (code,) = run_and_get_code(torch.compile(model, options=options), *inputs)
+        result, (*_, code) = run_and_get_code(torch.compile(model, options=options), *inputs)
     assert code.count("extern_kernels.qfuse_onednn_int8_matmul(") == 1
     assert "extern_kernels._int_mm(" not in code
     assert_no_worse(result, model, *inputs)
@@ -110,7 +110,7 @@ def test_shared_activation_and_tied_weight() -> None:
 
     model, x = Attention(), torch.randn(2, 5, 64)
     with fresh_cache():
-        result, (code,) = run_and_get_code(torch.compile(model), x)
+        result, (*_, code) = run_and_get_code(torch.compile(model), x)
     assert_no_worse(result, model, x)
     activations, weights = zip(*re.findall(r"qfuse_onednn_int8_matmul\((\w+), (\w+),", code), strict=True)
     assert len(activations) == 3

@@ -163,7 +163,7 @@ def test_which_kernel_is_called(lowering: str) -> None:
     case = Case(torch.uint8, torch.bfloat16, 128, "row", "column", torch.bfloat16)
     model = Linears([case], 64, 48, lowering)
     with fresh_cache():
-        _, (code,) = run_and_get_code(torch.compile(model), *model.inputs(9, 64))
+        _, (*_, code) = run_and_get_code(torch.compile(model), *model.inputs(9, 64))
     assert code.count("extern_kernels.qfuse_onednn_int8_matmul(") == (lowering == "onednn")
     assert code.count("extern_kernels._int_mm(") == (lowering == "aten")
     assert "torch.ops.qfuse.int8_linear.default(" not in code  # the reference
@@ -182,7 +182,7 @@ def test_a_failing_lowering_is_replaced(broken: tuple[str, ...], monkeypatch: py
     for name in broken:
         monkeypatch.setattr(type(by_name(name)), "matmul", fail)
     with fresh_cache():
-        (result,), (code,) = run_and_get_code(torch.compile(model), *inputs)
+        (result,), (*_, code) = run_and_get_code(torch.compile(model), *inputs)
     _assert_equal_up_to_order(result, model(*inputs)[0])
     assert ("extern_kernels._int_mm(" in code) == ("aten" not in broken)
     assert ("torch.ops.qfuse.int8_linear.default(" in code) == ("aten" in broken)

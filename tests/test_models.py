@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import error, trace, unfused
+from support import trace, unfused
 from torch import Tensor, nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 from torchao.quantization.quant_primitives import MappingType
@@ -123,9 +123,16 @@ def test_every_linear_fuses(make: Callable[[], nn.Module], linears: int, dtype: 
     modules = [m.module for m in report.matches]
     assert all(isinstance(model.get_submodule(m), nn.Linear) for m in modules)
     assert len(set(modules)) == linears
-    # Quantized again in each layer, tiny differences flip roundings: so the truth is the model before quantization.
-    truth = tuple(t.double() for t in reference(ids))
-    assert error(result, truth) <= 1.1 * error(unfused(model, ids), truth)
+    # Quantized again in each layer, tiny differences flip roundings: so the truth is the model before quantization, and
+    # the distance from it is that of all values together, of which single ones are chance.
+    truth = reference(ids)
+    assert distance(result, truth) <= 1.05 * distance(unfused(model, ids), truth)
+
+
+def distance(result: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> float:
+    """Return the largest relative deviation of an output, in the Euclidean norm."""
+    pairs = [(r.double(), t.double()) for r, t in zip(result, truth, strict=True)]
+    return max(((r - t).norm() / t.norm()).item() for r, t in pairs)
 
 
 #: Each model with what it is called with; how many linears it has is counted.

@@ -26,7 +26,7 @@ with torch.no_grad():
     def compiled():
         torch._dynamo.reset()
         with fresh_cache():
-            result, (code,) = run_and_get_code(torch.compile(converted), x)
+            result, (*_, code) = run_and_get_code(torch.compile(converted), x)
         return result, re.findall(r"torch\\.ops\\.onednn\\.[a-z_.]+|extern_kernels\\.[a-z_]+", code)
 
     result, calls = compiled()
