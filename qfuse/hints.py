@@ -36,7 +36,7 @@ def for_step(form: QLinear, user: Node, constants: Constants) -> str:
     others = [n for n in user.all_input_nodes if n is not form.value]
     if after is torch.float64:
         return "compute in float32, bfloat16 or float16"
-    if not same_shape(user, form.value):
+    if not form.has_columns_last or not same_shape(user, form.value):
         return "keep the shape of the matmul's result, N last, until the scales and the bias are applied"
     if user.kwargs.keys() & {"alpha", "value"}:
         return "multiply in an operation of its own, instead of by `alpha` or `value`"

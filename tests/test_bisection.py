@@ -84,7 +84,8 @@ def test_compiler_bisector(monkeypatch: pytest.MonkeyPatch) -> None:
         results = torch.compile(model)(x)
         return all(torch.allclose(r, e, atol=1e-3) for r, e in zip(results, expected, strict=True))
 
-    found = CompilerBisector.do_bisect(is_right)
+    with qfuse.config.patch(verify=False):  # it would find the fusion at once
+        found = CompilerBisector.do_bisect(is_right)
     assert weights
     assert found is not None
     assert "qfuse: int8.dynamic_per_token layers.1.linear" in str(found.debug_info)

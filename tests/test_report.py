@@ -68,7 +68,7 @@ def _miss(forward: Callable[[Odd, Tensor], Any]) -> Miss:
         (lambda s, acc: acc.float().relu() * s.ws, "", "apply it after the scales"),
         (lambda s, acc: (acc.float() * s.ws, acc.sum()), "", "take what else needs this value"),
         (lambda s, acc: acc.double() * s.ws, "Convert", "compute in float32, bfloat16 or float16"),
-        (lambda s, acc: acc.view(-1, 24).float() * s.ws[:24], "View", "keep the shape"),
+        (lambda s, acc: acc.view(-1, 24).float() * s.ws[:24], "Multiply", "keep the shape"),
         (lambda s, acc: acc * 2, "Multiply", "convert the accumulator to float first"),
         (lambda s, acc: (acc - 3).float() * s.ws, "Subtract", "subtract nothing but zero point"),
         (lambda s, acc: torch.add(acc.float(), s.ws, alpha=2) * s.ws, "Add", "instead of by `alpha`"),
