@@ -260,7 +260,12 @@ def compile_frozen_graph(gm: GraphModule, inputs: Sequence[torch.Tensor]) -> Seq
     fakes = [fake_mode.from_tensor(tensor) for tensor in inputs]
     context = torch._guards.TracingContext(fake_mode)
     options = {_PASS_SLOT: None, "fx_graph_cache": False, "cpp_wrapper": False}
-    with V.set_fake_mode(fake_mode), torch._guards.tracing(context), _overridden(options):
+    with (
+        V.set_fake_mode(fake_mode),
+        V.set_aot_compilation(False),
+        torch._guards.tracing(context),
+        _overridden(options),
+    ):
         with fake_mode, mock.patch.object(fake_mode, "allow_non_fake_inputs", True):
             FakeTensorProp(gm, fake_mode).propagate_dont_convert_inputs(*fakes)
         with mock.patch.object(fake_mode, "allow_non_fake_inputs", True):
