@@ -97,6 +97,8 @@ SPOILERS: dict[str, Op] = {
     "compensation over rows": lambda s, v: v.reshape(M, N) - s.w.sum(1, dtype=torch.int32).view(N, 1) * 128,
     "integer": lambda s, v: v.float().to(torch.int32),
 }
+#: After these the smallest difference may be one of a whole unit.
+DISCONTINUOUS = {"integer", "rounded"}
 ALL = SCALES | NEUTRAL | OFFSETS | SPOILERS
 
 
@@ -193,8 +195,11 @@ def check(recipes: list[Recipe], *, all_fuse: bool) -> None:
     if all_fuse:
         assert not traced.report.misses, traced.report
         assert traced.outputs == ["qfuse.int8_linear.default"] * len(recipes), traced.outputs
+    owners = [recipe for recipe in recipes for _ in range(1 + recipe.ops.count("another user"))]
     for i, (fused, before, truth) in enumerate(zip(traced.result, plain, exact, strict=True)):
         assert fused.dtype is before.dtype
         # the order of up to ten float32 operations, and of bfloat16 ones in what is left unfused
         granted = 8 * torch.finfo(torch.float32).eps
+        if DISCONTINUOUS & set(owners[i].ops):
+            granted = 1e-2  # a unit, where a value near a boundary is rounded the other way
         assert error(fused, truth) <= 1.05 * error(before, truth) + granted, (i, recipes)
