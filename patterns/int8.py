@@ -63,9 +63,7 @@ class IntScaledMM(Anchor):
         factors = product_of(scale, node)
         if factors is None:
             return Decline("its scale varies over neither rows nor columns", node)
-        for factor in factors:
-            form = form if isinstance(form, Decline) else form.scaled(factor, node)
-        return form
+        return form if isinstance(form, Decline) else form.scaled(factors, node)
 
 
 class EmulatedMM(Anchor):
@@ -94,9 +92,7 @@ class EmulatedMM(Anchor):
         if isinstance(form, Decline):
             return form
         scales = (*activation.scales, *(_of_columns(f) for f in w.scales))
-        for scale in scales:
-            form = form.scaled(scale, node)
-        form = _with_zero_point(form, activation, scales, constants)
+        form = _with_zero_point(form.scaled(scales, node), activation, scales, constants)
         for summand in bias:
             offset = product_of(summand, node) if isinstance(summand, Node) else None
             if offset is None:

@@ -27,7 +27,7 @@ def zero_point_of(correction: Node, form: QLinear, constants: Constants) -> int 
     z = _multiple_of_column_sums(correction, form)
     if z is None and correction in constants and form.weight in constants:
         with real_tensors():
-            z = _constant_multiple(constants.value(correction), _as_k_by_n(constants.value(form.weight), form))
+            z = _constant_multiple(constants.value(correction), constants.value(form.weight).sum(form.k_axis))
     return z
 
 
@@ -71,20 +71,15 @@ def _strip(weight: Node, k_axis: int) -> tuple[Node, int]:
             return weight, k_axis
 
 
-def _constant_multiple(correction: torch.Tensor, weight_t: torch.Tensor) -> int | None:
-    if correction.dtype.is_floating_point or correction.numel() != weight_t.shape[1]:
+def _constant_multiple(correction: torch.Tensor, sums: torch.Tensor) -> int | None:
+    if correction.dtype.is_floating_point or correction.numel() != sums.numel():
         return None
-    sums = weight_t.sum(0, dtype=torch.int64)
     correction = correction.reshape(-1).to(torch.int64)
     nonzero = sums.nonzero()
     if not len(nonzero):
         return 0 if not correction.any() else None
     z = int(correction[nonzero[0]]) // int(sums[nonzero[0]])
     return z if torch.equal(correction, z * sums) else None
-
-
-def _as_k_by_n(weight: torch.Tensor, form: QLinear) -> torch.Tensor:
-    return weight if form.k_axis == 0 else weight.t()
 
 
 def is_column_shaped(correction: Node, form: QLinear) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
@@ -37,20 +38,10 @@ class Constants:
 
     def value(self, node: Node) -> torch.Tensor:
         """Compute the value of a constant node, inside `real_tensors`. `node in self` must hold."""
-        for needed in self._needed(node):
+        for needed in ancestors(node, self._values):
             self._values[needed] = self._evaluate(needed)
         value: torch.Tensor = self._values[node]
         return value
-
-    def _needed(self, node: Node) -> list[Node]:
-        """Return what has to be computed for `node`, itself included, inputs first."""
-        needed: set[Node] = set()
-        waiting = [node]
-        while waiting:
-            if (one := waiting.pop()) not in needed and one not in self._values:
-                needed.add(one)
-                waiting += one.all_input_nodes
-        return [n for n in self._graph.nodes if n in needed]
 
     def _evaluate(self, node: Node) -> Any:
         if node.op == "get_attr":
@@ -62,6 +53,20 @@ class Constants:
         assert callable(target)
         args, kwargs = map_arg((node.args, node.kwargs), self._values.__getitem__)
         return target(*args, **kwargs)
+
+
+def ancestors(node: Node, known: Container[Node], is_leaf: Callable[[Node], bool] | None = None) -> list[Node]:
+    """Return what `node` is computed from, itself included, inputs first; without what is known, and down to leaves."""
+    found: set[Node] = set()
+    waiting = [node]
+    while waiting:
+        one = waiting.pop()
+        if one in found or one in known:
+            continue
+        found.add(one)
+        if is_leaf is None or not is_leaf(one):
+            waiting += one.all_input_nodes
+    return [n for n in node.graph.nodes if n in found]
 
 
 def is_zero(operand: object, constants: Constants) -> bool:

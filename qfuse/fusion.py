@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 from torch.fx import Graph, Node
+from torch.fx.node import Target
 
 from qfuse import config, graph_text, hints
 from qfuse.bisection import is_bisected_away
@@ -60,14 +61,17 @@ def shield(graph: Graph) -> None:
     scales, whatever their shapes: results are wrong with the weight's scale first, and K = 0 ends the process. And they
     pack the weight of any `mm` as if it were float, which fails for integers.
     """
+    matmuls = [n for target in _HIDDEN for n in graph.find_nodes(op="call_function", target=target)]
+    of_integers = [n for n in matmuls if not fake_value(n).dtype.is_floating_point]
+    if not of_integers:
+        return  # most graphs: spare them another look for constants
     constants = Constants(graph)
-    for target, hidden in _HIDDEN.items():
-        for node in graph.find_nodes(op="call_function", target=target):
-            if node.args[1] in constants and not fake_value(node).dtype.is_floating_point:
-                node.target = hidden
+    for node in of_integers:
+        if node.args[1] in constants:
+            node.target = _HIDDEN[node.target]
 
 
-_HIDDEN = {
+_HIDDEN: dict[Target, Target] = {
     torch.ops.aten._int_mm.default: torch.ops.qfuse.int_mm.default,
     torch.ops.aten.mm.default: torch.ops.qfuse.mm.default,
 }

@@ -140,10 +140,10 @@ class QLinear:
         """Return the scales that vary over `axis`."""
         return tuple(f for f in self.scales if f.axis is axis)
 
-    def scaled(self, factor: Factor, value: Node) -> QLinear:
-        """Return the form of `value`, which is this one times `factor`."""
-        offsets = tuple((*offset, factor) for offset in self.offsets)
-        return replace(self, scales=(*self.scales, factor), offsets=offsets, value=value)
+    def scaled(self, product: Product, value: Node) -> QLinear:
+        """Return the form of `value`, which is this one times `product`."""
+        offsets = tuple((*offset, *product) for offset in self.offsets)
+        return replace(self, scales=(*self.scales, *product), offsets=offsets, value=value)
 
     def plus(self, offset: Product, value: Node) -> QLinear:
         """Return the form of `value`, which is this one plus `offset`."""

@@ -160,7 +160,8 @@ class _Rewriter:
         for offset in self.form.offsets:
             of_rows, of_columns = self._by_side(offset)
             if of_rows is None or equal(fake_value(of_rows).shape[0], 1):
-                summand = self._times(of_rows, of_columns)
+                sides = [side for side in (of_rows, of_columns) if side is not None]
+                summand = functools.reduce(functools.partial(self.emit.call, aten.mul.Tensor), sides)
                 bias = summand if bias is None else self.emit.call(aten.add.Tensor, bias, summand)
             else:
                 rows.append(of_rows)
@@ -182,10 +183,7 @@ class _Rewriter:
                 columns = self._times(columns, factor)
         return rows, columns
 
-    def _times(self, product: Node | None, factor: Factor | Node | None) -> Node:
-        if not isinstance(factor, Factor):
-            operands = [f for f in (product, factor) if f is not None]
-            return functools.reduce(functools.partial(self.emit.call, aten.mul.Tensor), operands or [self._one()])
+    def _times(self, product: Node | None, factor: Factor) -> Node:
         operand = self._operand(factor)
         if factor.inverse:
             return self.emit.call(aten.div.Tensor, product or self._one(), operand)

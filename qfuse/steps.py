@@ -133,11 +133,7 @@ class Multiply(Step):
         """See `Step.apply`."""
         other = _other_operand(form, node, node.args[:2])
         scale = other if isinstance(other, Decline) else _as_product(form, node, other, "scale")
-        if isinstance(scale, Decline):
-            return scale
-        for factor in scale:
-            form = form.scaled(factor, node)
-        return form
+        return scale if isinstance(scale, Decline) else form.scaled(scale, node)
 
 
 class Divide(Step):
@@ -153,9 +149,7 @@ class Divide(Step):
         scale = _as_product(form, node, divisor, "divisor")
         if isinstance(scale, Decline):
             return scale
-        for factor in scale:
-            form = form.scaled(replace(factor, inverse=True), node)
-        return form
+        return form.scaled(tuple(replace(factor, inverse=True) for factor in scale), node)
 
 
 class Negate(Step):
@@ -167,7 +161,7 @@ class Negate(Step):
         """See `Step.apply`."""
         if not fake_value(node).dtype.is_floating_point:
             return Decline("negated before the conversion to float", node)
-        return form.scaled(MINUS_ONE, node)
+        return form.scaled((MINUS_ONE,), node)
 
 
 class Add(Step):
@@ -205,9 +199,7 @@ class Addcmul(Step):
         offset = Decline("added to itself", node) if bias is form.value else _as_product(form, node, bias, "summand")
         if isinstance(offset, Decline):
             return offset
-        for factor in scale:
-            form = form.scaled(factor, node)
-        return _plus(form, offset, node, constants)
+        return _plus(form.scaled(scale, node), offset, node, constants)
 
 
 class Subtract(Step):
@@ -230,7 +222,7 @@ class Subtract(Step):
             return offset
         if minuend is form.value:
             return _plus(form, (MINUS_ONE, *offset), node, constants)
-        return _plus(form.scaled(MINUS_ONE, node), offset, node, constants)
+        return _plus(form.scaled((MINUS_ONE,), node), offset, node, constants)
 
 
 #: Every rule, for any family to take.

@@ -6,14 +6,14 @@ to the result in float64 as the unfused graph is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from qfuse.constants import Constants
+from qfuse.constants import Constants, ancestors
 from qfuse.inductor import compile_frozen_graph, concrete, fake_value, real_tensors
 from qfuse.normal_form import QLinear
 
@@ -29,7 +29,7 @@ def difference(form: QLinear, result: Node, constants: Constants) -> str | None:
         operands = _operands(form)
         leaves = {node: _example(node, form) for node in operands if node not in constants}
         known: dict[Node, Any] = leaves | {node: constants.value(node) for node in operands if node in constants}
-        for other in _ancestors(form.value, known, _is_input):  # a branch that is not taken, say
+        for other in ancestors(form.value, known, _is_input):  # a branch that is not taken, say
             if other.op == "placeholder" and other not in constants and isinstance(fake_value(other), torch.Tensor):
                 known[other] = _example(other, form)
         unfused = _evaluate(form.value, known, constants, _run)
@@ -67,7 +67,7 @@ def _example(leaf: Node, form: QLinear) -> torch.Tensor:
 def _evaluate(node: Node, known: dict[Node, Any], constants: Constants, run: Callable[..., Any]) -> torch.Tensor:
     """Compute `node` from `known` values and parameters; what is folded in the end is rounded like the rest."""
     values = dict(known)
-    for needed in _ancestors(node, values, _is_input):
+    for needed in ancestors(node, values, _is_input):
         if not isinstance(fake_value(needed), torch.Tensor):
             values[needed] = concrete(fake_value(needed))
         elif needed.op != "call_function":
@@ -80,21 +80,8 @@ def _evaluate(node: Node, known: dict[Node, Any], constants: Constants, run: Cal
 
 
 def _is_input(node: Node) -> bool:
-    return node.op != "call_function"
-
-
-def _ancestors(node: Node, known: dict[Node, Any], is_given: Callable[[Node], bool]) -> Iterable[Node]:
-    """Return what `node` is computed from, in the order of the graph, down to what is known or given."""
-    found: set[Node] = set()
-    waiting = [node]
-    while waiting:
-        one = waiting.pop()
-        if one in found or one in known:
-            continue
-        found.add(one)
-        if not is_given(one) and isinstance(fake_value(one), torch.Tensor):
-            waiting += one.all_input_nodes
-    return [n for n in node.graph.nodes if n in found]
+    """Tell whether `node` is given: an input or an attribute of the graph, or a size, of which an example will do."""
+    return node.op != "call_function" or not isinstance(fake_value(node), torch.Tensor)
 
 
 def _run(target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -117,7 +104,7 @@ def _run_fused(result: Node, leaves: dict[Node, torch.Tensor], constants: Consta
     """Compile what has been emitted for `result`, as Inductor will, and run it on the leaves."""
     graph, attributes = Graph(), {}
     copies: dict[Node, Any] = {leaf: graph.placeholder(f"leaf{i}") for i, leaf in enumerate(leaves)}
-    for node in _ancestors(result, copies, constants.__contains__):
+    for node in ancestors(result, copies, lambda n: n in constants or _is_input(n)):
         if not isinstance(fake_value(node), torch.Tensor):
             copies[node] = concrete(fake_value(node))
         elif node in constants:

@@ -31,19 +31,20 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 import qfuse
 from qfuse.records import recording
 
+#: Two layers: 2 · (q, k, v, o, gate, up, down) + lm_head = 15 linears.
+DECODER = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "use_cache": False,
+}
+
 
 def llama() -> nn.Module:
-    """Two layers: 2 · (q, k, v, o, gate, up, down) + lm_head = 15 linears."""
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        use_cache=False,
-    )
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(LlamaConfig(**DECODER))
 
 
 def bert() -> nn.Module:
@@ -55,16 +56,7 @@ def bert() -> nn.Module:
 
 
 def qwen2() -> nn.Module:
-    config = Qwen2Config(
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        use_cache=False,
-    )
-    return Qwen2ForCausalLM(config)
+    return Qwen2ForCausalLM(Qwen2Config(**DECODER))
 
 
 def vit() -> nn.Module:
