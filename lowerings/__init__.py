@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from qfuse import config
 from qfuse.lowerings.aten import Aten
+from qfuse.lowerings.cpp import Cpp
 from qfuse.lowerings.onednn import OneDNN
 from qfuse.problem import Problem
 from qfuse.provider import Provider
@@ -13,7 +14,7 @@ from qfuse.reasons import Decline
 
 #: For each device, the providers of `qfuse::int8_linear`, the best first.
 INT8_LINEAR: dict[str, tuple[Provider, ...]] = {
-    "cpu": (OneDNN(), Aten()),
+    "cpu": (Cpp(), OneDNN(), Aten()),
     "cuda": (Aten(),),
 }
 

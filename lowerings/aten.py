@@ -9,6 +9,7 @@ from torch._inductor.lowering import lowerings, to_dtype
 
 from qfuse.inductor import statically_known_true
 from qfuse.isa import ACTIVATION_DTYPE
+from qfuse.lowerings.call import Int8LinearCall
 from qfuse.problem import Problem
 
 aten = torch.ops.aten
@@ -18,6 +19,7 @@ class Aten:
     """See the module's docstring."""
 
     name: ClassVar[str] = "aten"
+    packs_weight: ClassVar[bool] = False
 
     def supports(self, problem: Problem) -> str | None:
         """See `Provider.supports`."""
@@ -38,11 +40,12 @@ class Aten:
         """See `Provider.activation_dtype`."""
         return ACTIVATION_DTYPE.get(problem.isa, problem.x_dtype)
 
-    def matmul(self, x: Any, weight: Any, column_sums: Any, w_scale: Any, x_zero_point: int) -> Any:
-        """See `Provider.matmul`."""
-        weight_t = lowerings[aten.permute.default](weight, [1, 0])
-        accumulator = lowerings[aten._int_mm.default](x, weight_t)
-        if x_zero_point:
-            correction = lowerings[aten.mul.Tensor](column_sums, x_zero_point)
+    def lower(self, call: Int8LinearCall) -> Any:
+        """See `Provider.lower`."""
+        weight_t = lowerings[aten.permute.default](call.weight, [1, 0])
+        accumulator = lowerings[aten._int_mm.default](call.x, weight_t)
+        if call.x_zero_point:
+            correction = lowerings[aten.mul.Tensor](call.column_sums, call.x_zero_point)
             accumulator = lowerings[aten.sub.Tensor](accumulator, correction)
-        return lowerings[aten.mul.Tensor](to_dtype(accumulator, torch.float32), w_scale)
+        y = lowerings[aten.mul.Tensor](to_dtype(accumulator, torch.float32), call.w_scale)
+        return call.finished(call.scaled_by_rows(y))

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch._inductor import ir
-from torch._inductor.lowering import fallback_handler, lowerings, register_lowering, to_dtype
+from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
 
 from qfuse.lowerings import by_name
-from qfuse.provider import Provider
+from qfuse.lowerings.call import Int8LinearCall
 
 aten = torch.ops.aten
 log = logging.getLogger("qfuse.lowerings")
@@ -49,19 +49,14 @@ def int8_linear(
     lowering: str,
 ) -> ir.TensorBox:
     """Lower `qfuse::int8_linear` by the provider chosen when the graph was matched, or else the reference."""
-
-    def lower(provider: Provider) -> ir.TensorBox:
-        y = provider.matmul(x, weight, column_sums, w_scale, x_zero_point)
-        y = lowerings[aten.mul.Tensor](y, _column(x_scale))
-        for rows, columns in zip(offset_rows, offset_columns, strict=True):
-            y = lowerings[aten.add.Tensor](y, lowerings[aten.mul.Tensor](_column(rows), columns))
-        if bias is not None:
-            y = lowerings[aten.add.Tensor](y, to_dtype(bias, torch.float32))
-        return to_dtype(y, out_dtype)
-
-    for name in dict.fromkeys((lowering, "aten")):
+    call = Int8LinearCall(
+        x, weight, column_sums, x_scale, w_scale, bias, offset_rows, offset_columns, x_zero_point, out_dtype
+    )
+    # A packed weight is understood by the provider that asked for it, and by the reference.
+    names = (lowering,) if by_name(lowering).packs_weight else dict.fromkeys((lowering, "aten"))
+    for name in names:
         try:
-            return lower(by_name(name))
+            return by_name(name).lower(call)
         except Exception:
             log.warning("lowering %s failed, another is used. Please report this.", name, exc_info=True)
     reference = fallback_handler(torch.ops.qfuse.int8_linear.default, add_to_fallback_set=False)
@@ -78,7 +73,3 @@ def int8_linear(
         out_dtype,
         lowering,
     )
-
-
-def _column(rows: Any) -> ir.TensorBox:
-    return lowerings[aten.view.default](rows, [-1, 1])

@@ -14,6 +14,7 @@ from torch._inductor.select_algorithm import ExternKernelChoice
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from qfuse.isa import ACTIVATION_DTYPE
+from qfuse.lowerings.call import Int8LinearCall
 from qfuse.problem import Problem
 
 #: column sums → oneDNN's blocked copy of the weight, and zero points of the weight (there are none). A blocked tensor
@@ -50,6 +51,7 @@ class OneDNN:
     """See the module's docstring."""
 
     name: ClassVar[str] = "onednn"
+    packs_weight: ClassVar[bool] = False
 
     def supports(self, problem: Problem) -> str | None:
         """See `Provider.supports`."""
@@ -67,15 +69,18 @@ class OneDNN:
         """See `Provider.activation_dtype`."""
         return ACTIVATION_DTYPE[problem.isa]
 
-    def matmul(self, x: Any, weight: Any, column_sums: Any, w_scale: Any, x_zero_point: int) -> Any:
-        """See `Provider.matmul`."""
-        constants = [ir.InputsKernel.unwrap_storage_for_input(t) for t in (weight, column_sums)]
+    def lower(self, call: Int8LinearCall) -> Any:
+        """See `Provider.lower`."""
+        constants = [ir.InputsKernel.unwrap_storage_for_input(t) for t in (call.weight, call.column_sums)]
         if not all(isinstance(c, ir.ConstantBuffer) for c in constants):
             # Packed once, it would go stale if it changed. Freezing has left alone what it was expected to freeze.
             raise RuntimeError("the weight is no constant of the compiled graph")
-        x, weight, column_sums, w_scale = map(ir.ExternKernel.realize_input, (x, weight, column_sums, w_scale))
+        x, weight, column_sums, w_scale = map(
+            ir.ExternKernel.realize_input, (call.x, call.weight, call.column_sums, call.w_scale)
+        )
         x, w_scale = map(ir.ExternKernel.require_contiguous, (x, w_scale))
         size = [x.get_size()[0], weight.get_size()[0]]
         layout = ir.FixedLayout(x.get_device(), torch.float32, size)
         inputs = [x, weight, column_sums, w_scale]
-        return _kernel.bind(inputs, layout, x_zero_point=x_zero_point).output_node()
+        y = _kernel.bind(inputs, layout, x_zero_point=call.x_zero_point).output_node()
+        return call.finished(call.scaled_by_rows(y))

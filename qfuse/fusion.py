@@ -138,7 +138,7 @@ def _replace(family: Family, node: Node, walked: Walk, constants: Constants) -> 
     if before is not None:
         record = replace(record, before=graph_text.lines(walked.trail[: walked.trail.index(form.value) + 1]))
     check = difference if config.verify else None
-    declined = replace_by_int8_linear(form, provider.name, provider.activation_dtype(problem), constants, check)
+    declined = replace_by_int8_linear(form, provider, provider.activation_dtype(problem), constants, check)
     if declined is not None:
         return miss_record(node, pattern, declined, walked.trail)
     if before is not None:

@@ -14,6 +14,8 @@ class Provider(Protocol):
 
     #: As in reports and `qfuse.config.disabled_lowerings`.
     name: ClassVar[str]
+    #: Whether the weight arrives as `qfuse::pack_int8_weight` makes it, not as [N, K].
+    packs_weight: ClassVar[bool]
 
     def supports(self, problem: Problem) -> str | None:
         """Return None if this provider computes `problem`, else the reason why it does not."""
@@ -21,5 +23,5 @@ class Provider(Protocol):
     def activation_dtype(self, problem: Problem) -> torch.dtype:
         """Return the dtype, int8 or uint8, in which the activation should arrive."""
 
-    def matmul(self, x: Any, weight: Any, column_sums: Any, w_scale: Any, x_zero_point: int) -> Any:
-        """Lower to Inductor IR: (x − x_zero_point) @ weight.T · w_scale, [M, N] float32."""
+    def lower(self, call: Any) -> Any:
+        """Lower a `qfuse.lowerings.call.Int8LinearCall` to Inductor IR: [M, N] of the op's dtype."""

@@ -25,6 +25,7 @@ from qfuse.normal_form import (
     same_shape,
     transposed_input,
 )
+from qfuse.provider import Provider
 from qfuse.reasons import Decline
 
 aten, prims, ops = torch.ops.aten, torch.ops.prims, torch.ops.qfuse
@@ -63,7 +64,7 @@ class Emitter:
 
 def replace_by_int8_linear(
     form: QLinear,
-    lowering: str,
+    provider: Provider,
     x_dtype: torch.dtype,
     constants: Constants,
     check: Callable[[QLinear, Node, Constants], str | None] | None = None,
@@ -74,7 +75,7 @@ def replace_by_int8_linear(
     """
     emit = Emitter(form.anchor.graph, form.value)
     try:
-        result = _Rewriter(emit, form, constants).result(lowering, x_dtype)
+        result = _Rewriter(emit, form, constants).result(provider, x_dtype)
         if not same_shape(result, form.value) or fake_value(result).dtype != form.dtype:
             raise RuntimeError(f"{fake_value(result)} cannot replace {fake_value(form.value)}")
         reason = check(form, result, constants) if check else None
@@ -107,15 +108,16 @@ class _Rewriter:
         self.weight = self._weight()
         self.column_sums = emit.call(ops.pack_column_sums.default, self.weight)
 
-    def result(self, lowering: str, x_dtype: torch.dtype) -> Node:
+    def result(self, provider: Provider, x_dtype: torch.dtype) -> Node:
         """Emit the op, and the views behind it."""
         x, x_zero_point = self._activation(x_dtype)
         x_scale, w_scale = self._by_side(self.form.scales)
         bias, offset_rows, offset_columns = self._offsets()
+        weight = self.emit.call(ops.pack_int8_weight.default, self.weight) if provider.packs_weight else self.weight
         result = self.emit.call(
             ops.int8_linear.default,
             x,
-            self.weight,
+            weight,
             self.column_sums,
             x_scale or self._one(),
             w_scale or self._one(),
@@ -124,7 +126,7 @@ class _Rewriter:
             offset_columns,
             x_zero_point,
             self.form.dtype,
-            lowering,
+            provider.name,
         )
         for view in self.form.views:
             result = self.emit.call(view.target, result, *view.args[1:], **view.kwargs)

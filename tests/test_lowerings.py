@@ -56,6 +56,11 @@ CASES += [
 ]
 
 
+def as_wanted(weight: Tensor, lowering: str) -> Tensor:
+    """Return the weight as the lowering takes it."""
+    return torch.ops.qfuse.pack_int8_weight(weight) if by_name(lowering).packs_weight else weight
+
+
 class Linears(nn.Module):
     """One `qfuse::int8_linear` for each case, all compiled together."""
 
@@ -83,6 +88,7 @@ class Linears(nn.Module):
                 self.get_buffer(f"{name}{i}") if name != "b" else getattr(self, f"b{i}") for name in ("w", "ws", "b")
             )
             sums = torch.ops.qfuse.pack_column_sums(w)
+            w = as_wanted(w, self.lowering)
             columns = list(self.get_buffer(f"offsets{i}").unbind())
             rows = [xs.expand(x.shape[0]) * (j + 1) for j in range(case.offsets)]
             results.append(
@@ -147,6 +153,7 @@ def test_strides(lowering: str) -> None:
         def forward(self, x_columns: Tensor, x_slice: Tensor, xs: Tensor) -> tuple[Tensor, ...]:
             def linear(x: Tensor, w: Tensor) -> Tensor:
                 sums = torch.ops.qfuse.pack_column_sums(w)
+                w = as_wanted(w, lowering)
                 return torch.ops.qfuse.int8_linear(x, w, sums, xs, self.ws, None, [], [], 128, torch.float32, lowering)
 
             return linear(x_columns, self.w_columns), linear(x_slice, self.w_slice), linear(x_slice, self.w_columns)

@@ -1,0 +1,43 @@
+"""The operands of one `qfuse::int8_linear`, as Inductor IR, and what follows the matmul in every lowering."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._inductor.lowering import lowerings, to_dtype
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Int8LinearCall:
+    """The arguments of the op, see `qfuse.ops`; tensors are Inductor's `TensorBox`."""
+
+    x: Any
+    weight: Any
+    column_sums: Any
+    x_scale: Any
+    w_scale: Any
+    bias: Any | None
+    offset_rows: list[Any]
+    offset_columns: list[Any]
+    x_zero_point: int
+    out_dtype: torch.dtype
+
+    def scaled_by_rows(self, y: Any) -> Any:
+        """Apply the scale of rows to y, [M, N] float32."""
+        return lowerings[aten.mul.Tensor](y, _column(self.x_scale))
+
+    def finished(self, y: Any) -> Any:
+        """Apply offsets, bias and cast to y, [M, N] float32, which is scaled."""
+        for rows, columns in zip(self.offset_rows, self.offset_columns, strict=True):
+            y = lowerings[aten.add.Tensor](y, lowerings[aten.mul.Tensor](_column(rows), columns))
+        if self.bias is not None:
+            y = lowerings[aten.add.Tensor](y, to_dtype(self.bias, torch.float32))
+        return to_dtype(y, self.out_dtype)
+
+
+def _column(rows: Any) -> Any:
+    return lowerings[aten.view.default](rows, [-1, 1])

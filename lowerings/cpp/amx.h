@@ -1,0 +1,162 @@
+// AMX: `tdpbusd` on tiles of 16 × 64 bytes. More than 16 rows take two tiles of rows by two of columns, fewer take one
+// by four; one or a few rows are left to AVX-512 VNNI, because then the weight's bandwidth decides.
+#ifndef QFUSE_AMX
+#define QFUSE_AMX
+#define QFUSE_TARGET_AMX __attribute__((target("amx-tile,amx-int8,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")))
+namespace qfuse {
+
+// Ask Linux for the tile registers, once a process; false where it does not grant them.
+static inline bool may_use_amx() {
+    static const bool granted = [] {
+        constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+        return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+    }();
+    return granted;
+}
+
+class Amx {
+ public:
+    static constexpr int64_t row_tile = 32;
+    static constexpr int64_t max_rows = 32;
+
+    explicit Amx(int64_t k) : k_(k), few_(k), granted_(may_use_amx()) {}
+    Amx(const Amx&) = delete;
+    Amx& operator=(const Amx&) = delete;
+    QFUSE_TARGET_AMX ~Amx() {
+        if (configured_ > 0)
+            _tile_release();
+    }
+
+    QFUSE_TARGET_AMX void operator()(const Rows& x, const Panel& w, float* out) {
+        if (x.count <= fewest_rows || !granted_) {
+            few_(x, w, out);
+            return;
+        }
+        if (configured_ != x.count)
+            configure(x.count);
+        alignas(64) uint8_t tail[max_rows][64]; // the last k of the rows: past the end of the last one is not ours
+        if (k_ % 64) {
+            for (int64_t i = 0; i < x.count; ++i) {
+                std::memset(tail[i], 0, 64);
+                std::memcpy(tail[i], x.data + i * x.stride + k_ / 64 * 64, k_ % 64);
+            }
+        }
+        if (x.count > 16) {
+            two_by_two(x, w, 0, tail[0], out);
+            two_by_two(x, w, 32, tail[0], out);
+        } else {
+            one_by_four(x, w, tail[0], out);
+        }
+    }
+
+ private:
+    static constexpr int64_t fewest_rows = 4;
+
+    int64_t k_;
+    Avx512Vnni few_;
+    bool granted_;
+    int64_t configured_ = 0;
+
+    // Tiles 0 to 3 are sums, 4 and 5 rows, 6 and 7 columns; of up to 16 rows, 5 takes columns as well.
+    QFUSE_TARGET_AMX void configure(int64_t rows) {
+        struct alignas(64) {
+            uint8_t palette = 1, start_row = 0, reserved[14] = {};
+            uint16_t bytes[16] = {};
+            uint8_t rows[16] = {};
+        } config;
+        const auto first = static_cast<uint8_t>(rows < 16 ? rows : 16), second = static_cast<uint8_t>(rows - first);
+        const uint8_t by_tile[2][8] = {
+            {first, first, first, first, first, 16, 16, 16},
+            {first, first, second, second, first, second, 16, 16},
+        };
+        for (int tile = 0; tile < 8; ++tile) {
+            config.bytes[tile] = 64;
+            config.rows[tile] = by_tile[second > 0][tile];
+        }
+        _tile_loadconfig(&config);
+        configured_ = rows;
+    }
+
+    QFUSE_TARGET_AMX __attribute__((always_inline)) static inline void multiply_two_by_two(
+        const uint8_t* a, int64_t stride, const int8_t* b) {
+        _tile_loadd(4, a, stride);
+        _tile_loadd(6, b, 256);
+        _tile_loadd(7, b + 64, 256);
+        _tile_dpbusd(0, 4, 6);
+        _tile_loadd(5, a + 16 * stride, stride);
+        _tile_dpbusd(1, 4, 7);
+        _tile_dpbusd(2, 5, 6);
+        _tile_dpbusd(3, 5, 7);
+    }
+
+    // 17 to 32 rows by 32 columns.
+    QFUSE_TARGET_AMX __attribute__((noinline)) void two_by_two(
+        const Rows& x, const Panel& w, int64_t column, const uint8_t* tail, float* out) const {
+        const int8_t* b = w.data + 4 * column;
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        int64_t k = 0;
+        for (; k + 64 <= k_; k += 64)
+            multiply_two_by_two(x.data + k, x.stride, b + 64 * k);
+        if (k < k_)
+            multiply_two_by_two(tail, 64, b + 64 * k);
+        alignas(64) int32_t sums[32][32];
+        _tile_stored(0, sums[0], 128);
+        _tile_stored(1, sums[0] + 16, 128);
+        _tile_stored(2, sums[16], 128);
+        _tile_stored(3, sums[16] + 16, 128);
+        for (int64_t i = 0; i < x.count; ++i) {
+            const __m512 x_scale = _mm512_set1_ps(x.scale[i * x.scale_stride]);
+            float* to = out + i * panel_columns + column;
+            _mm512_storeu_ps(to, dequantized(_mm512_load_si512(sums[i]), w, column, x_scale));
+            _mm512_storeu_ps(to + 16, dequantized(_mm512_load_si512(sums[i] + 16), w, column + 16, x_scale));
+        }
+    }
+
+    QFUSE_TARGET_AMX __attribute__((always_inline)) static inline void multiply_one_by_four(
+        const uint8_t* a, int64_t stride, const int8_t* b) {
+        _tile_loadd(4, a, stride);
+        _tile_loadd(5, b, 256);
+        _tile_dpbusd(0, 4, 5);
+        _tile_loadd(6, b + 64, 256);
+        _tile_dpbusd(1, 4, 6);
+        _tile_loadd(7, b + 128, 256);
+        _tile_dpbusd(2, 4, 7);
+        _tile_loadd(5, b + 192, 256);
+        _tile_dpbusd(3, 4, 5);
+    }
+
+    // Up to 16 rows by 64 columns.
+    QFUSE_TARGET_AMX __attribute__((noinline)) void one_by_four(
+        const Rows& x, const Panel& w, const uint8_t* tail, float* out) const {
+        const int8_t* b = w.data;
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        int64_t k = 0;
+        for (; k + 64 <= k_; k += 64) {
+            for (int line = 0; line < 64; ++line)
+                _mm_prefetch(reinterpret_cast<const char*>(b) + 64 * k + 64 * line + 8192, _MM_HINT_T0);
+            multiply_one_by_four(x.data + k, x.stride, b + 64 * k);
+        }
+        if (k < k_)
+            multiply_one_by_four(tail, 64, b + 64 * k);
+        alignas(64) int32_t sums[16][64];
+        _tile_stored(0, sums[0], 256);
+        _tile_stored(1, sums[0] + 16, 256);
+        _tile_stored(2, sums[0] + 32, 256);
+        _tile_stored(3, sums[0] + 48, 256);
+        for (int64_t i = 0; i < x.count; ++i) {
+            const __m512 x_scale = _mm512_set1_ps(x.scale[i * x.scale_stride]);
+            for (int64_t j = 0; j < 64; j += 16)
+                _mm512_storeu_ps(
+                    out + i * panel_columns + j, dequantized(_mm512_load_si512(sums[i] + j), w, j, x_scale));
+        }
+    }
+};
+
+} // namespace qfuse
+#endif

@@ -1,0 +1,34 @@
+// What every microkernel computes. A microkernel is a class with
+//
+//     static constexpr int64_t row_tile;   // rows that it computes at a time, most efficiently
+//     static constexpr int64_t max_rows;   // rows that it takes in one call
+//     explicit Microkernel(int64_t k);     // one for each thread
+//     void operator()(const Rows& x, const Panel& w, float* out);
+//
+// which computes out[i][j] = (Σk x[i][k] · w[j][k] − compensation[j]) · x_scale[i] · w_scale[j], row-major [rows][64].
+// The products are rounded in this order, like the reference's, so that no intermediate leaves float32 unless the
+// reference's does.
+#ifndef QFUSE_BLOCK
+#define QFUSE_BLOCK
+namespace qfuse {
+
+constexpr int64_t panel_columns = 64;
+
+// Rows of the activation, K contiguous bytes each, `stride` bytes apart; `scale_stride` is 0 for one scale for all.
+struct Rows {
+    const uint8_t* data;
+    int64_t stride;
+    const float* scale;
+    int64_t scale_stride;
+    int64_t count;
+};
+
+// 64 columns of the weight, packed [K / 4][64][4], K padded with zeros to a multiple of 64.
+struct Panel {
+    const int8_t* data;
+    alignas(64) int32_t compensation[panel_columns];
+    alignas(64) float scale[panel_columns];
+};
+
+} // namespace qfuse
+#endif

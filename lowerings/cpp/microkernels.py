@@ -1,0 +1,40 @@
+"""The C++ microkernels, one for each instruction set: which text, which class, which headers of the compiler."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+from qfuse.isa import Isa
+
+_FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Microkernel:
+    """A C++ class that computes blocks of 64 columns, see `block.h`.
+
+    class_name: in the namespace `qfuse`. max_rows: that it takes in one call. files: its text, in order.
+    includes: headers of the system that the text needs.
+    """
+
+    class_name: str
+    max_rows: int
+    files: tuple[str, ...]
+    includes: tuple[str, ...]
+
+    @functools.cached_property
+    def text(self) -> str:
+        """The C++ that defines the class."""
+        return "\n".join((_FOLDER / name).read_text() for name in ("block.h", *self.files))
+
+
+MICROKERNELS = {
+    Isa.AMX: Microkernel(
+        "Amx", 32, ("avx512_vnni.h", "amx.h"), ("cstring", "immintrin.h", "sys/syscall.h", "unistd.h")
+    ),
+    Isa.AVX512_VNNI: Microkernel("Avx512Vnni", 48, ("avx512_vnni.h",), ("cstring", "immintrin.h")),
+    Isa.AVX_VNNI: Microkernel("AvxVnni", 48, ("avx_vnni.h",), ("cstring", "immintrin.h")),
+    Isa.NONE: Microkernel("Portable", 48, ("portable.h",), ()),
+}

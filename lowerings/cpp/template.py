@@ -1,0 +1,132 @@
+"""Rendering the C++ kernel as a template of Inductor's, so that pointwise nodes behind it are fused into it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch._inductor import ir
+from torch._inductor.codegen.cpp_gemm_template import gen_2d_view_of_epilogue_buf
+from torch._inductor.codegen.cpp_template import CppTemplate
+from torch._inductor.lowering import lowerings, to_dtype
+from torch._inductor.utils import parallel_num_threads
+from torch._inductor.virtualized import V, ops
+
+from qfuse.isa import cpu_isa
+from qfuse.lowerings.call import Int8LinearCall
+from qfuse.lowerings.cpp.microkernels import MICROKERNELS
+
+_TEXT = (Path(__file__).parent / "linear.cpp.jinja").read_text()
+
+
+def int8_linear(call: Int8LinearCall) -> ir.TensorBox:
+    """Lower a linear whose weight is packed."""
+    call = _unsigned(call)
+    x, weight, column_sums, x_scale, w_scale = map(
+        ir.ExternKernel.require_contiguous,
+        map(ir.ExternKernel.realize_input, (call.x, call.weight, call.column_sums, call.x_scale, call.w_scale)),
+    )
+    # What the epilogue reads has to be an input of the template: else the scheduler does not see the dependency.
+    read_behind = [t for t in (call.bias, *call.offset_rows, *call.offset_columns) if t is not None]
+    for tensor in read_behind:
+        tensor.realize()
+    size = [x.get_size()[0], column_sums.get_size()[1]]
+    template = Int8LinearTemplate(
+        [ir.InputsKernel.unwrap_storage_for_input(t) for t in (x, weight, column_sums, x_scale, w_scale, *read_behind)],
+        ir.FixedLayout(x.get_device(), call.out_dtype, size),
+        call,
+    )
+    choices: list[Any] = []
+    template.maybe_append_choice(choices)
+    return choices[0].output_node()
+
+
+def _unsigned(call: Int8LinearCall) -> Int8LinearCall:
+    """Shift an int8 activation to uint8, which the microkernels take."""
+    if call.x.get_dtype() is torch.uint8:
+        return call
+    shifted = lowerings[torch.ops.aten.add.Tensor](to_dtype(call.x, torch.int32), 128)
+    return replace(call, x=to_dtype(shifted, torch.uint8), x_zero_point=call.x_zero_point + 128)
+
+
+class Int8LinearTemplate(CppTemplate):
+    """One fused linear. Inputs: x, packed weight, column sums, scale of rows, scale of columns, then the epilogue's."""
+
+    def __init__(self, input_nodes: Sequence[ir.IRNode], layout: ir.Layout, call: Int8LinearCall) -> None:
+        creator = functools.partial(_epilogue, call)
+        super().__init__("qfuse_int8_linear", input_nodes, layout, parallel_num_threads(), creator)
+        self.x_zero_point = call.x_zero_point
+
+    def render(
+        self,
+        kernel: Any,
+        template_buffer_node: Any = None,
+        flag_template_buffer_has_other_users: bool | None = None,
+        epilogue_nodes: list[ir.IRNode] | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """Return the C++ of the kernel, with `epilogue_nodes` fused into it."""
+        output = self.output_node if template_buffer_node is None else template_buffer_node
+        # The float32 result of the matmul exists as a block in L1 only; `store_output` redirects its loads there.
+        sums = ir.Buffer(name=f"{output.get_name()}_sums", layout=replace_dtype(output.get_layout(), torch.float32))
+        epilogues: list[Any] = [
+            ir.ComputedBuffer(name=output.get_name(), layout=output.get_layout(), data=self.epilogue_creator(sums))
+        ]
+        aliases, reindexers = {sums.get_name()}, [None]
+        y = y_2d = output
+        if epilogue_nodes:
+            if not flag_template_buffer_has_other_users:
+                aliases.add(output.get_name())  # it is never written to memory
+            epilogues += epilogue_nodes
+            y = epilogues[-1]
+            y_2d, reindexers = gen_2d_view_of_epilogue_buf(
+                y, output, epilogue_nodes, reindexers, default_reindexers=[None] * len(epilogue_nodes)
+            )
+        x, _, _, x_scale, w_scale, *others = self.input_nodes
+        names = ["x", "weight", "column_sums", "x_scale", "w_scale", *(f"other{i}" for i in range(len(others)))]
+        microkernel = MICROKERNELS[cpu_isa()]
+        with patch.object(V.graph, "get_dtype", self._fake_get_dtype([sums, output])):
+            return self._template_from_string(_TEXT).render(
+                template=self,
+                kernel=kernel,
+                microkernel=microkernel,
+                inputs=dict(zip(names, self.input_nodes, strict=True)),
+                x=x,
+                y=y,
+                y_2d=y_2d,
+                sums=sums,
+                n=int(output.get_size()[1]),
+                k=int(x.get_size()[1]),
+                x_zero_point=self.x_zero_point,
+                one_x_scale=V.graph.sizevars.statically_known_equals(x_scale.get_size()[0], 1),
+                one_w_scale=V.graph.sizevars.statically_known_equals(w_scale.get_size()[0], 1),
+                l2_bytes=torch.cpu.get_capabilities()["l2_cache_size"],
+                num_threads=self.num_threads,
+                epilogues=epilogues,
+                reindexers=reindexers,
+                aliases={alias: y.get_name() for alias in aliases},
+            )
+
+
+def replace_dtype(layout: ir.Layout, dtype: torch.dtype) -> ir.FixedLayout:
+    """Return a layout of the same sizes and strides."""
+    return ir.FixedLayout(layout.device, dtype, layout.size, layout.stride)
+
+
+def _epilogue(call: Int8LinearCall, sums: ir.Buffer) -> ir.Pointwise:
+    """Return offsets, bias and cast, applied to the float32 result of the matmul."""
+    y = call.finished(ir.TensorBox.create(sums)).data.data
+    if isinstance(y, ir.Pointwise):
+        return y
+    load = sums.make_loader()  # nothing to apply: a copy
+    return ir.Pointwise(
+        device=sums.get_device(),
+        dtype=sums.get_dtype(),
+        inner_fn=lambda index: ops.identity(load(index)),
+        ranges=sums.get_size(),
+    )
