@@ -19,6 +19,7 @@ from torch._inductor.virtualized import V, ops
 
 from qfuse.isa import cpu_isa
 from qfuse.lowerings.call import Int8LinearCall
+from qfuse.lowerings.cpp.fast_math import VECTOR_MATH, fast_math
 from qfuse.lowerings.cpp.microkernels import MICROKERNELS
 
 _TEXT = (Path(__file__).parent / "linear.cpp.jinja").read_text()
@@ -90,11 +91,12 @@ class Int8LinearTemplate(CppTemplate):
         x, _, _, x_scale, w_scale, *others = self.input_nodes
         names = ["x", "weight", "column_sums", "x_scale", "w_scale", *(f"other{i}" for i in range(len(others)))]
         microkernel = MICROKERNELS[cpu_isa()]
-        with patch.object(V.graph, "get_dtype", self._fake_get_dtype([sums, output])):
+        with patch.object(V.graph, "get_dtype", self._fake_get_dtype([sums, output])), fast_math(y.get_dtype()):
             return self._template_from_string(_TEXT).render(
                 template=self,
                 kernel=kernel,
                 microkernel=microkernel,
+                vector_math=VECTOR_MATH,
                 inputs=dict(zip(names, self.input_nodes, strict=True)),
                 x=x,
                 y=y,

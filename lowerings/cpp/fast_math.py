@@ -1,0 +1,46 @@
+"""Inductor's vector code for some operators, replaced by that of `vector_math.h` while a template is rendered."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch._inductor.codegen.cpp import CppVecKernel, CppVecOverrides
+
+VECTOR_MATH = (Path(__file__).parent / "vector_math.h").read_text()
+
+
+@contextlib.contextmanager
+def fast_math(dtype: torch.dtype) -> Iterator[None]:
+    """Let Inductor's C++ code generation call the functions of `VECTOR_MATH`, which the source has to include.
+
+    dtype: what the result is rounded to.
+    """
+    functions = {name: name for name in ("exp", "erf", "tanh")}
+    if dtype in (torch.bfloat16, torch.float16):
+        functions["erf"] = "rough_erf"
+    original = CppVecKernel.get_to_dtype_expr
+
+    def converted(self: Any, *args: Any, **kwargs: Any) -> str:
+        # one vector to one vector: with more of them the template's arguments are others
+        return re.sub(r"^at::vec::convert<([^,<>]+)>\(", r"qfuse::convert<\1>(", original(self, *args, **kwargs))
+
+    with contextlib.ExitStack() as stack:
+        for name, function in functions.items():
+            stack.enter_context(patch.object(CppVecOverrides, name, _calls(function)))
+        stack.enter_context(patch.object(CppVecOverrides, "sigmoid", staticmethod(_sigmoid)))
+        stack.enter_context(patch.object(CppVecKernel, "get_to_dtype_expr", converted))
+        yield
+
+
+def _calls(name: str) -> Any:
+    return staticmethod(lambda x: f"qfuse::{name}({x})")
+
+
+def _sigmoid(x: Any) -> str:
+    return f"decltype({x})(1) / (decltype({x})(1) + qfuse::exp({x}.neg()))"
