@@ -10,6 +10,13 @@ QFUSE_TARGET_AVX512_VNNI static inline __m512 dequantized(__m512i acc, const Pan
     return _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), x_scale), _mm512_load_ps(w.scale + column));
 }
 
+// acc += four unsigned bytes of `row` times four signed ones of `column`, for 16 columns. Not the intrinsic: around that
+// GCC moves code over the edges of the loop, and spills every accumulator inside it (GCC 12: a third of the speed).
+QFUSE_TARGET_AVX512_VNNI __attribute__((always_inline)) static inline void dpbusd(
+    __m512i& acc, __m512i row, __m512i column) {
+    __asm__ volatile("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(row), "v"(column));
+}
+
 class Avx512Vnni {
  public:
     static constexpr int64_t row_tile = 6;
@@ -46,9 +53,7 @@ class Avx512Vnni {
         const uint8_t* a = x.data;
         const int8_t* b = w.data;
         int64_t k = k_, stride = x.stride;
-        // Opaque sizes, and an empty asm over each accumulator behind the loop: without them GCC moves code over the
-        // loop's edge and spills accumulators inside it (GCC 12: a third of the speed). A test looks for it.
-        __asm__ volatile("" : "+r"(k), "+r"(stride));
+        const Tail<ROWS> last(x, k); // before there are accumulators, which calls would spill
         __m512i acc[SETS][ROWS][4];
 #pragma GCC unroll 2
         for (int s = 0; s < SETS; ++s)
@@ -60,17 +65,12 @@ class Avx512Vnni {
         for (; k >= 4 * SETS; k -= 4 * SETS, a += 4 * SETS, b += 256 * SETS) {
 #pragma GCC unroll 2
             for (int s = 0; s < SETS; ++s)
-                multiply<ROWS>(acc[s], a + 4 * s, stride, b + 256 * s, 4);
+                multiply<ROWS>(acc[s], Memory{a + 4 * s, stride}, b + 256 * s);
         }
-        for (; k > 0; k -= 4, a += 4, b += 256)
-            multiply<ROWS>(acc[0], a, stride, b, k < 4 ? k : 4);
-#pragma GCC unroll 2
-        for (int s = 0; s < SETS; ++s)
-#pragma GCC unroll 6
-            for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 4
-                for (int j = 0; j < 4; ++j)
-                    __asm__("" : "+v"(acc[s][i][j]));
+        for (; k >= 4; k -= 4, a += 4, b += 256)
+            multiply<ROWS>(acc[0], Memory{a, stride}, b);
+        if (k > 0)
+            multiply<ROWS>(acc[0], last, b);
 #pragma GCC unroll 6
         for (int i = 0; i < ROWS; ++i) {
             const __m512 x_scale = _mm512_set1_ps(x.scale[i * x.scale_stride]);
@@ -82,10 +82,10 @@ class Avx512Vnni {
         }
     }
 
-    // Four k of each row, times 64 columns. `bytes`: how many of the four are there.
-    template <int ROWS>
+    // Four k of each row, times 64 columns.
+    template <int ROWS, typename Four>
     QFUSE_TARGET_AVX512_VNNI __attribute__((always_inline)) static inline void multiply(
-        __m512i (&acc)[ROWS][4], const uint8_t* a, int64_t stride, const int8_t* b, int64_t bytes) {
+        __m512i (&acc)[ROWS][4], const Four& four, const int8_t* b) {
         __m512i column[4];
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) {
@@ -95,12 +95,10 @@ class Avx512Vnni {
         }
 #pragma GCC unroll 6
         for (int i = 0; i < ROWS; ++i) {
-            int32_t four = 0;
-            std::memcpy(&four, a + i * stride, bytes);
-            const __m512i row = _mm512_set1_epi32(four);
+            const __m512i row = _mm512_set1_epi32(four[i]);
 #pragma GCC unroll 4
             for (int j = 0; j < 4; ++j)
-                acc[i][j] = _mm512_dpbusd_epi32(acc[i][j], row, column[j]);
+                dpbusd(acc[i][j], row, column[j]);
         }
     }
 };

@@ -4,6 +4,12 @@
 #define QFUSE_TARGET_AVX_VNNI __attribute__((target("avx2,avxvnni,fma")))
 namespace qfuse {
 
+// acc += four unsigned bytes of `row` times four signed ones of `column`, for 8 columns; see avx512_vnni.h.
+QFUSE_TARGET_AVX_VNNI __attribute__((always_inline)) static inline void dpbusd(
+    __m256i& acc, __m256i row, __m256i column) {
+    __asm__ volatile("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(row), "x"(column));
+}
+
 class AvxVnni {
  public:
     static constexpr int64_t row_tile = 6;
@@ -39,18 +45,15 @@ class AvxVnni {
         const uint8_t* a = x.data;
         const int8_t* b = w.data + 4 * column;
         int64_t k = k_, stride = x.stride;
-        __asm__ volatile("" : "+r"(k), "+r"(stride)); // as in avx512_vnni.h
+        const Tail<ROWS> last(x, k);
         __m256i acc[ROWS][2];
 #pragma GCC unroll 6
         for (int i = 0; i < ROWS; ++i)
             acc[i][0] = acc[i][1] = _mm256_setzero_si256();
         for (; k >= 4; k -= 4, a += 4, b += 256)
-            multiply<ROWS>(acc, a, stride, b, 4);
+            multiply<ROWS>(acc, Memory{a, stride}, b);
         if (k > 0)
-            multiply<ROWS>(acc, a, stride, b, k);
-#pragma GCC unroll 6
-        for (int i = 0; i < ROWS; ++i)
-            __asm__("" : "+x"(acc[i][0]), "+x"(acc[i][1]));
+            multiply<ROWS>(acc, last, b);
 #pragma GCC unroll 6
         for (int i = 0; i < ROWS; ++i) {
             const __m256 x_scale = _mm256_set1_ps(x.scale[i * x.scale_stride]);
@@ -65,18 +68,16 @@ class AvxVnni {
         }
     }
 
-    template <int ROWS>
+    template <int ROWS, typename Four>
     QFUSE_TARGET_AVX_VNNI __attribute__((always_inline)) static inline void multiply(
-        __m256i (&acc)[ROWS][2], const uint8_t* a, int64_t stride, const int8_t* b, int64_t bytes) {
+        __m256i (&acc)[ROWS][2], const Four& four, const int8_t* b) {
         const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b));
         const __m256i second = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + 32));
 #pragma GCC unroll 6
         for (int i = 0; i < ROWS; ++i) {
-            int32_t four = 0;
-            std::memcpy(&four, a + i * stride, bytes);
-            const __m256i row = _mm256_set1_epi32(four);
-            acc[i][0] = _mm256_dpbusd_avx_epi32(acc[i][0], row, first);
-            acc[i][1] = _mm256_dpbusd_avx_epi32(acc[i][1], row, second);
+            const __m256i row = _mm256_set1_epi32(four[i]);
+            dpbusd(acc[i][0], row, first);
+            dpbusd(acc[i][1], row, second);
         }
     }
 };

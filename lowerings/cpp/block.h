@@ -30,5 +30,27 @@ struct Panel {
     alignas(64) float scale[panel_columns];
 };
 
+// Four k of row i, as one integer: in memory, or, where K is not divisible by 4, the last ones filled up with zeros.
+struct Memory {
+    const uint8_t* data;
+    int64_t stride;
+    __attribute__((always_inline)) inline int32_t operator[](int64_t i) const {
+        int32_t four;
+        std::memcpy(&four, data + i * stride, 4);
+        return four;
+    }
+};
+
+template <int ROWS>
+struct Tail {
+    int32_t four[ROWS] = {};
+    Tail(const Rows& x, int64_t k) {
+        if (k % 4)
+            for (int i = 0; i < ROWS; ++i)
+                std::memcpy(&four[i], x.data + i * x.stride + k / 4 * 4, k % 4);
+    }
+    __attribute__((always_inline)) inline int32_t operator[](int64_t i) const { return four[i]; }
+};
+
 } // namespace qfuse
 #endif

@@ -36,5 +36,5 @@ MICROKERNELS = {
     ),
     Isa.AVX512_VNNI: Microkernel("Avx512Vnni", 48, ("avx512_vnni.h",), ("cstring", "immintrin.h")),
     Isa.AVX_VNNI: Microkernel("AvxVnni", 48, ("avx_vnni.h",), ("cstring", "immintrin.h")),
-    Isa.NONE: Microkernel("Portable", 48, ("portable.h",), ()),
+    Isa.NONE: Microkernel("Portable", 48, ("portable.h",), ("cstring",)),
 }
