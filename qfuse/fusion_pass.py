@@ -36,13 +36,15 @@ class FusionPass(CustomGraphPass):
             log.warning("qfuse failed and leaves the graph as it is. Please report this.", exc_info=True)
 
     def _run(self, graph: Graph) -> None:
-        from qfuse import fusion
+        from qfuse import fusion, quantization
 
         _load_lowerings()
         if is_enabled():
             report: Report | None = _observed(graph, "qfuse.fuse", fusion.fuse)
             if report is not None:
                 _tell(report)
+            if config.fuse_quantization:
+                _observed(graph, "qfuse.quantize", quantization.fuse_quantizations)
         _observed(graph, "qfuse.shield", fusion.shield)
 
     def uuid(self) -> Any:
@@ -77,7 +79,8 @@ def source_hash() -> str:
 
 def _load_lowerings() -> None:
     """Register the lowerings with Inductor: heavy, and needless before something is compiled."""
-    import qfuse.lowerings.int8_linear  # noqa: F401
+    import qfuse.lowerings.int8_linear
+    import qfuse.lowerings.quantize_rows  # noqa: F401
 
 
 def _observed(graph: Graph, name: str, graph_pass: Callable[[Graph], Any]) -> Any:
