@@ -27,8 +27,7 @@ def fast_math(dtype: torch.dtype) -> Iterator[None]:
     original = CppVecKernel.get_to_dtype_expr
 
     def converted(self: Any, *args: Any, **kwargs: Any) -> str:
-        # one vector to one vector: with more of them the template's arguments are others
-        return re.sub(r"^at::vec::convert<([^,<>]+)>\(", r"qfuse::convert<\1>(", original(self, *args, **kwargs))
+        return re.sub(r"^at::vec::convert<", "qfuse::convert<", original(self, *args, **kwargs))
 
     with contextlib.ExitStack() as stack:
         for name, function in functions.items():

@@ -116,19 +116,26 @@ QFUSE_VECTOR_FUNCTION(tanh, tanh)
 QFUSE_VECTOR_FUNCTION(rough_erf, erf)
 #undef QFUSE_VECTOR_FUNCTION
 
+// `at::vec::convert`, which rounds to bfloat16 with ten integer instructions where one does.
 template <typename To, typename V>
 static inline auto convert(const V& x) {
 #if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
-    // `at::vec` rounds to bfloat16 with ten integer instructions
     if constexpr (std::is_same_v<To, at::BFloat16> && std::is_same_v<V, at::vec::Vectorized<float>>) {
         const auto rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x));
         return at::vec::Vectorized<at::BFloat16>(_mm512_castsi256_si512(rounded));
-    } else {
-        return at::vec::convert<To>(x);
-    }
-#else
-    return at::vec::convert<To>(x);
+    } else
 #endif
+        return at::vec::convert<To>(x);
+}
+
+template <typename To, int to_vectors, typename From, int from_vectors, typename V>
+static inline auto convert(const V& x) {
+#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
+    if constexpr (std::is_same_v<To, at::BFloat16> && std::is_same_v<V, at::vec::VectorizedN<float, 2>>)
+        return at::vec::Vectorized<at::BFloat16>(reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(x[1], x[0])));
+    else
+#endif
+        return at::vec::convert<To, to_vectors, From, from_vectors>(x);
 }
 
 } // namespace qfuse
