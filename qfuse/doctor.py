@@ -35,6 +35,8 @@ _VARIABLES = (
     "TORCHINDUCTOR_FREEZING",
     "CXX",
     "OMP_NUM_THREADS",
+    "ONEDNN_MAX_CPU_ISA",
+    "DNNL_MAX_CPU_ISA",
     "TORCH_LOGS",
 )
 
@@ -87,7 +89,10 @@ def _problems() -> Iterator[tuple[str, str]]:
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
         yield "the C headers of Python are missing", "install python3-dev (python3-devel), if compiling fails"
     if cpu_isa() is Isa.NONE:
-        yield "the CPU has neither VNNI nor AMX", "expect little gain here: the lowering is aten"
+        yield (
+            "the CPU has neither VNNI nor AMX, or oneDNN is limited to do without",
+            "expect little gain here: the lowering is aten",
+        )
     if not torch.backends.mkldnn.is_available():
         yield "torch is built without oneDNN", "install an official build of torch for x86"
     if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") != "1":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import enum
 import functools
+import os
+from collections.abc import Mapping
 
 import torch
 
@@ -26,8 +28,36 @@ ACTIVATION_DTYPE = {
 }
 
 
+#: Which of them oneDNN still uses under each limit that a user can set in the environment, as oneDNN documents it.
+#: A limit that is not here, like AVX512_CORE_AMX, leaves all of them.
+_UNDER_LIMIT = {
+    **dict.fromkeys(("SSE41", "AVX", "AVX2", "AVX512_CORE"), frozenset[Isa]()),
+    **dict.fromkeys(("AVX2_VNNI", "AVX2_VNNI_2"), frozenset({Isa.AVX_VNNI})),
+    **dict.fromkeys(("AVX512_CORE_VNNI", "AVX512_CORE_BF16"), frozenset({Isa.AVX512_VNNI})),
+    **dict.fromkeys(
+        ("AVX512_CORE_FP16", "AVX10_1", "AVX10_1_512", "AVX10_2", "AVX10_2_512"),
+        frozenset({Isa.AVX512_VNNI, Isa.AVX_VNNI}),
+    ),
+}
+
+
 @functools.cache
 def cpu_isa() -> Isa:
-    """Return the best of the instruction sets that this CPU has."""
-    has = torch.cpu.get_capabilities()
-    return next((isa for isa in Isa if has.get(isa.value)), Isa.NONE)
+    """Return the best of the instruction sets that this CPU has, and that oneDNN has not been told to do without."""
+    return best_isa(torch.cpu.get_capabilities(), os.environ)
+
+
+def best_isa(has: Mapping[str, object], environment: Mapping[str, str]) -> Isa:
+    """Return the best of the instruction sets that a CPU has, under the limit that the environment sets to oneDNN.
+
+    The limit counts because the signedness of the activation hangs on it: on a CPU with AMX, oneDNN without AMX would
+    take a signed activation through its reference loop.
+    """
+    allowed = _UNDER_LIMIT.get(_limit(environment), frozenset(Isa))
+    return next((isa for isa in Isa if isa in allowed and has.get(isa.value)), Isa.NONE)
+
+
+def _limit(environment: Mapping[str, str]) -> str:
+    """Read the limit as oneDNN does: in any case of letters, and by the older name where the newer one is not set."""
+    values = (environment.get(name, "") for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"))
+    return next((value.upper() for value in values if value), "")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
 import qfuse
-from qfuse.isa import ACTIVATION_DTYPE, Isa, cpu_isa
+from qfuse.isa import ACTIVATION_DTYPE, Isa, best_isa, cpu_isa
 from qfuse.lowerings import INT8_LINEAR, by_name, choose
 from qfuse.lowerings.onednn import _packed, onednn_int8_matmul
 from qfuse.problem import Problem
@@ -253,13 +253,44 @@ def test_signedness_by_isa() -> None:
     assert onednn.activation_dtype(_problem(isa=Isa.AMX)) is torch.int8
 
 
+@pytest.mark.parametrize(
+    ("limit", "isa"),
+    [
+        ("", Isa.AMX),
+        ("DEFAULT", Isa.AMX),
+        ("no such limit", Isa.AMX),
+        ("SSE41", Isa.NONE),
+        ("AVX", Isa.NONE),
+        ("AVX2", Isa.NONE),
+        ("AVX2_VNNI", Isa.AVX_VNNI),
+        ("AVX2_VNNI_2", Isa.AVX_VNNI),
+        ("AVX512_CORE", Isa.NONE),
+        ("AVX512_CORE_VNNI", Isa.AVX512_VNNI),
+        ("AVX512_CORE_BF16", Isa.AVX512_VNNI),
+        ("avx512_core_bf16", Isa.AVX512_VNNI),
+        ("AVX512_CORE_FP16", Isa.AVX512_VNNI),
+        ("AVX10_1_512", Isa.AVX512_VNNI),
+        ("AVX512_CORE_AMX", Isa.AMX),
+        ("AVX512_CORE_AMX_FP16", Isa.AMX),
+        ("AVX10_1_512_AMX", Isa.AMX),
+    ],
+)
+def test_isa_under_the_limit_of_onednn(limit: str, isa: Isa) -> None:
+    everything = {each.value: True for each in Isa}
+    assert best_isa(everything, {"ONEDNN_MAX_CPU_ISA": limit}) is isa
+    assert best_isa(everything, {"DNNL_MAX_CPU_ISA": limit}) is isa
+    assert best_isa({}, {"ONEDNN_MAX_CPU_ISA": limit}) is Isa.NONE
+    assert best_isa(everything, {"ONEDNN_MAX_CPU_ISA": "AVX2", "DNNL_MAX_CPU_ISA": limit}) is Isa.NONE
+
+
 @pytest.mark.skipif(cpu_isa() not in ACTIVATION_DTYPE, reason="oneDNN has fast int8 only with VNNI or AMX")
-@pytest.mark.parametrize("isa", ["", "AVX2_VNNI"])
+@pytest.mark.parametrize("isa", ["", "AVX512_CORE_BF16", "AVX2_VNNI"])
 def test_onednn_runs_no_reference_implementation(isa: str) -> None:
     """Every row of the producers', compiled and run, with oneDNN telling which implementation it chose."""
-    if isa == "AVX2_VNNI" and not torch.cpu.get_capabilities()["avx_vnni"]:
-        pytest.skip("the CPU has no AVX-VNNI")
-    env = {"ONEDNN_VERBOSE": "1"} | ({"ONEDNN_MAX_CPU_ISA": isa} if isa else {})
+    limit = {"ONEDNN_MAX_CPU_ISA": isa} if isa else {}
+    if best_isa(torch.cpu.get_capabilities(), limit) is Isa.NONE:
+        pytest.skip(f"the CPU has nothing for int8 under {isa}")
+    env = {"ONEDNN_VERBOSE": "1"} | limit
     code = """
         import torch, producers, qfuse
         with torch.no_grad():
