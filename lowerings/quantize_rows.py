@@ -156,7 +156,11 @@ class _Code:
                 source = self._rounded_source(index) if index else None
                 waiting += ([source] if source is not None else self._instruction(index).refs) if index else []
         for index in sorted(needed):
-            yield self._statement(index, self._instruction(index)) if index else "const q::F x0 = q::load(row + k, lanes);"
+            yield (
+                self._statement(index, self._instruction(index))
+                if index
+                else "const q::F x0 = q::load(row + k, lanes);"
+            )
 
     def _instruction(self, index: int) -> Instruction:
         return self._program.instructions[index - 1]
@@ -204,7 +208,9 @@ class _Code:
         if not isinstance(operand, Ref):
             value = f"static_cast<{scalar}>({_number(operand)})"
         elif operand.index in self._program.elements:
-            return f"x{operand.index}" if _type(self._dtype(operand.index), True) == kind else f"{kind}(x{operand.index})"
+            return (
+                f"x{operand.index}" if _type(self._dtype(operand.index), True) == kind else f"{kind}(x{operand.index})"
+            )
         elif _type(self._dtype(operand.index), False) == scalar:
             value = f"x{operand.index}"
         else:

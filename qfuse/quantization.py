@@ -365,9 +365,7 @@ class _Reader:
         if self.is_element(operand) or not element:
             return same_shape(operand, node)
         shape, expected = fake_value(operand).shape, fake_value(node).shape
-        return (
-            len(shape) == len(expected) and equal(shape[-1], 1) and all(map(equal, shape[:-1], expected[:-1]))
-        )
+        return len(shape) == len(expected) and equal(shape[-1], 1) and all(map(equal, shape[:-1], expected[:-1]))
 
 
 def _promotes(name: str, nodes: Sequence[Node], dtype: torch.dtype) -> bool:
