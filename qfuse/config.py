@@ -33,6 +33,10 @@ disabled_lowerings: list[str] = _names("QFUSE_DISABLED_LOWERINGS")
 # the integers. Environment variable: QFUSE_FUSE_QUANTIZATION=0.
 fuse_quantization: bool = Config(default=True, env_name_default="QFUSE_FUSE_QUANTIZATION")
 
+# Make one kernel of linears that share an activation, like query, key and value, on CPU (see `qfuse.grouping`).
+# Environment variable: QFUSE_GROUP_LINEARS=0.
+group_linears: bool = Config(default=True, env_name_default="QFUSE_GROUP_LINEARS")
+
 # Run each fusion beside the graph that it replaces, on example values, and reject it if it is worse: see
 # `qfuse.verification`. Slow: every fused op is compiled once more by itself. Environment variable: QFUSE_VERIFY=1.
 verify: bool = Config(default=False, env_name_default="QFUSE_VERIFY")

@@ -36,7 +36,7 @@ class FusionPass(CustomGraphPass):
             log.warning("qfuse failed and leaves the graph as it is. Please report this.", exc_info=True)
 
     def _run(self, graph: Graph) -> None:
-        from qfuse import fusion, quantization
+        from qfuse import fusion, grouping, quantization
 
         _load_lowerings()
         if is_enabled():
@@ -45,6 +45,8 @@ class FusionPass(CustomGraphPass):
                 _tell(report)
             if config.fuse_quantization:
                 _observed(graph, "qfuse.quantize", quantization.fuse_quantizations)
+            if config.group_linears:
+                _observed(graph, "qfuse.group", grouping.group_linears)
         _observed(graph, "qfuse.shield", fusion.shield)
 
     def uuid(self) -> Any:
