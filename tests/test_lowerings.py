@@ -173,6 +173,7 @@ def test_which_kernel_is_called(lowering: str) -> None:
         _, (*_, code) = run_and_get_code(torch.compile(model), *model.inputs(9, 64))
     assert code.count("extern_kernels.qfuse_onednn_int8_matmul(") == (lowering == "onednn")
     assert code.count("extern_kernels._int_mm(") == (lowering == "aten")
+    assert code.count("Microkernel microkernel(K);") == (lowering == "cpp")
     assert "torch.ops.qfuse.int8_linear.default(" not in code  # the reference
 
 
@@ -187,7 +188,7 @@ def test_a_failing_lowering_is_replaced(broken: tuple[str, ...], monkeypatch: py
     model = Linears([case], 64, 48, "onednn")
     inputs = model.inputs(9, 64)
     for name in broken:
-        monkeypatch.setattr(type(by_name(name)), "matmul", fail)
+        monkeypatch.setattr(type(by_name(name)), "lower", fail)
     with fresh_cache():
         (result,), (*_, code) = run_and_get_code(torch.compile(model), *inputs)
     _assert_equal_up_to_order(result, model(*inputs)[0])
@@ -227,27 +228,29 @@ def _chosen(**facts: object) -> str:
 
 
 def test_choice() -> None:
-    assert _chosen() == "onednn"
-    assert _chosen(isa=Isa.AMX) == "onednn"
+    for isa in (Isa.AMX, Isa.AVX512_VNNI, Isa.AVX_VNNI):
+        assert _chosen(isa=isa) == "cpp"
     assert _chosen(isa=Isa.NONE) == "aten"
-    assert _chosen(called_from_python=False) == "aten"
+    assert _chosen(isa=Isa.NONE, k=1) == "cpp"
+    assert _chosen(called_from_python=False) == "cpp"
     assert "not a constant" in _chosen(weight_is_constant=False)
-    assert "K = 1" in _chosen(k=1, isa=Isa.NONE)
     assert "none for device mps" in _chosen(device=torch.device("mps"))
     cuda = torch.device("cuda")
     assert _chosen(device=cuda, isa=Isa.NONE, m=17, weight_is_constant=False) == "aten"
     assert "M > 16" in _chosen(device=cuda, isa=Isa.NONE, m=16)
     assert "divisible by 8" in _chosen(device=cuda, isa=Isa.NONE, m=17, k=63)
     assert "int8 activation" in _chosen(device=cuda, isa=Isa.NONE, m=17, x_dtype=torch.uint8)
-    with qfuse.config.patch(disabled_lowerings=["onednn"]):
-        assert _chosen() == "aten"
-    with qfuse.config.patch(disabled_lowerings=["onednn", "aten"]):
-        assert _chosen().count("disabled by qfuse.config.disabled_lowerings") == 2
+    with qfuse.config.patch(disabled_lowerings=["cpp"]):
+        assert _chosen() == "onednn"
+        assert _chosen(called_from_python=False) == "aten"
+        assert "K = 1" in _chosen(k=1, isa=Isa.NONE)
+    with qfuse.config.patch(disabled_lowerings=["cpp", "onednn", "aten"]):
+        assert _chosen().count("disabled by qfuse.config.disabled_lowerings") == 3
 
 
 def test_signedness_by_isa() -> None:
     """uint8 where only VNNI is, int8 where AMX is."""
-    onednn = INT8_LINEAR["cpu"][0]
+    onednn = by_name("onednn")
     assert onednn.activation_dtype(_problem(isa=Isa.AVX512_VNNI)) is torch.uint8
     assert onednn.activation_dtype(_problem(isa=Isa.AVX_VNNI)) is torch.uint8
     assert onednn.activation_dtype(_problem(isa=Isa.AMX)) is torch.int8
@@ -290,7 +293,7 @@ def test_onednn_runs_no_reference_implementation(isa: str) -> None:
     limit = {"ONEDNN_MAX_CPU_ISA": isa} if isa else {}
     if best_isa(torch.cpu.get_capabilities(), limit) is Isa.NONE:
         pytest.skip(f"the CPU has nothing for int8 under {isa}")
-    env = {"ONEDNN_VERBOSE": "1"} | limit
+    env = {"ONEDNN_VERBOSE": "1", "QFUSE_DISABLED_LOWERINGS": "cpp"} | limit
     code = """
         import torch, producers, qfuse
         with torch.no_grad():

@@ -1,0 +1,126 @@
+"""The C++ lowering: what Inductor fuses into it, on each instruction set that this machine has, and its functions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from producers import quantized
+from test_lowerings import CASES, Linears, _assert_equal_up_to_order
+from test_microkernels import _runs
+from torch import Tensor, nn
+from torch._inductor.utils import fresh_cache, run_and_get_code
+
+from qfuse.isa import Isa
+from qfuse.lowerings.cpp import template
+
+K, N = 67, 130
+
+
+class Followed(nn.Module):
+    """A linear, and what a model does with its result."""
+
+    def __init__(self, follow: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype, n: int = N) -> None:
+        super().__init__()
+        self.follow, self.dtype = follow, dtype
+        self.register_buffer("w", quantized(n, K))
+        self.register_buffer("ws", torch.rand(n) / 400)
+        self.register_buffer("b", torch.randn(n))
+
+    def forward(self, x: Tensor, xs: Tensor, other: Tensor) -> Tensor:
+        w, sums = torch.ops.qfuse.pack_int8_weight(self.w), torch.ops.qfuse.pack_column_sums(self.w)
+        y = torch.ops.qfuse.int8_linear(x, w, sums, xs, self.ws, self.b, [], [], 128, self.dtype, "cpp")
+        return self.follow(y, other)
+
+    def inputs(self, m: int) -> tuple[Tensor, Tensor, Tensor]:
+        return quantized(m, K, torch.uint8), torch.rand(m) / 20, torch.randn(m, self.w.shape[0]).to(self.dtype)
+
+
+FOLLOWING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "gelu": lambda y, _: F.gelu(y),
+    "tanh gelu": lambda y, _: F.gelu(y, approximate="tanh"),
+    "silu times": lambda y, other: F.silu(y) * other,
+    "residual": lambda y, other: y + other,
+    "gelu, reshape, residual": lambda y, other: F.gelu(y).view(1, *y.shape) + other[None],
+    "relu squared": lambda y, _: F.relu(y) ** 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, torch.bfloat16) for name in FOLLOWING] + [("gelu", torch.float32), ("silu times", torch.float16)],
+    ids=str,
+)
+def test_what_follows_is_fused(name: str, dtype: torch.dtype) -> None:
+    """One kernel, no integers in memory, and no larger an error than the ops one by one."""
+    model = Followed(FOLLOWING[name], dtype)
+    inputs = model.inputs(37)
+    with fresh_cache():
+        result, (code,) = run_and_get_code(torch.compile(model), *inputs)
+    assert len(re.findall(r"^cpp_fused\w+ = async_compile", code, re.M)) == 1
+    assert "extern_kernels." not in code
+    assert "torch.ops.qfuse" not in code
+    assert "torch.int32" not in code.split("def call(")[1].split("runner =")[0]
+
+    eager = model(*inputs)
+    model.dtype = torch.float64
+    exact = model(*inputs)
+    slack = 4 * torch.finfo(torch.float32).eps * exact.abs().max()
+    assert (result.double() - exact).abs().max() <= 1.05 * (eager.double() - exact).abs().max() + slack
+    assert result.dtype is dtype
+
+
+@pytest.mark.parametrize("isa", [isa for isa in Isa if _runs(isa)], ids=lambda isa: isa.name)
+def test_instruction_sets(isa: Isa, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every class of problem, by the kernels of each instruction set."""
+    monkeypatch.setattr(template, "cpu_isa", lambda: isa)
+    model = Linears(CASES[::23], 67, 70, "cpp")
+    inputs = model.inputs(39, 67)
+    with fresh_cache():
+        results, codes = run_and_get_code(torch.compile(model), *inputs)
+    assert f"using Microkernel = qfuse::{template.MICROKERNELS[isa].class_name};" in codes[0]
+    for result, reference in zip(results, model(*inputs), strict=True):
+        _assert_equal_up_to_order(result, reference)
+
+
+def test_one_compile_for_all_rows() -> None:
+    model = Followed(FOLLOWING["gelu, reshape, residual"], torch.bfloat16)
+    compiled = torch.compile(model, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for m in (37, 2, 33, 200):
+            inputs = model.inputs(m)
+            torch.testing.assert_close(compiled(*inputs), model(*inputs), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("threads", [1, 3, 4])
+def test_threads(threads: int) -> None:
+    """Every grid of threads computes everything once, for one row and for many."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        model = Followed(FOLLOWING["residual"], torch.float32)
+        compiled = torch.compile(model, dynamic=True)
+        for m in (400, 70, 2, 1):
+            inputs = model.inputs(m)
+            torch.testing.assert_close(compiled(*inputs), model(*inputs), rtol=1e-5, atol=1e-5)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_extreme_values() -> None:
+    """exp, erf and tanh of the template: infinities, NaN, and where they round to their limits."""
+
+    def each(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda y, other: function(torch.where(y < 1e9, other, y))  # all of other, and the linear is needed
+
+    values = [0.0, -0.0, 1e-30, -1e-30, 0.3, -0.6, 0.93, 1.0, -3.0, 4.0, 5.5, 12.0, -30.0, 87.0, 88.7, 89.0, -87.0]
+    values += [-103.0, -104.0, 1e30, -1e30, float("inf"), float("-inf"), float("nan")]
+    for function in (torch.exp, torch.erf, torch.tanh, torch.sigmoid):
+        model = Followed(each(function), torch.float32, n=64)
+        x, xs, other = model.inputs(3)
+        other[:, : len(values)] = torch.tensor(values)
+        result = torch.compile(model)(x, xs, other)
+        torch.testing.assert_close(result, function(other.double()).float(), rtol=5e-7, atol=1e-37, equal_nan=True)
