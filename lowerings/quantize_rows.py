@@ -156,7 +156,11 @@ class _Code:
                 source = self._rounded_source(index) if index else None
                 waiting += ([source] if source is not None else self._instruction(index).refs) if index else []
         for index in sorted(needed):
-            yield self._statement(index, self._instruction(index)) if index else "const q::F x0 = q::load(row + k, lanes);"
+            yield (
+                self._statement(index, self._instruction(index))
+                if index
+                else "const q::F x0 = q::load(row + k, lanes);"
+            )
 
     def _instruction(self, index: int) -> Instruction:
         return self._program.instructions[index - 1]
@@ -204,7 +208,9 @@ class _Code:
         if not isinstance(operand, Ref):
             value = f"static_cast<{scalar}>({_number(operand)})"
         elif operand.index in self._program.elements:
-            return f"x{operand.index}" if _type(self._dtype(operand.index), True) == kind else f"{kind}(x{operand.index})"
+            return (
+                f"x{operand.index}" if _type(self._dtype(operand.index), True) == kind else f"{kind}(x{operand.index})"
+            )
         elif _type(self._dtype(operand.index), False) == scalar:
             value = f"x{operand.index}"
         else:
@@ -215,10 +221,11 @@ class _Code:
         """Round a value to what its dtype can hold, unless it is known to be such."""
         if dtype in _HALVES:
             return f"q::rounded<{DTYPE_TO_CPP[dtype]}>({value})"
-        if dtype.is_floating_point or dtype in (torch.bool, torch.int64) or index in self._ranges:
+        if dtype.is_floating_point or dtype in (torch.bool, torch.int64):
             return value
-        if dtype is torch.int32 and index in self._program.elements:
-            return value
+        element = index in self._program.elements
+        if element and (dtype is torch.int32 or index in self._ranges):
+            return value  # NaN is no integer of that range, but only its low byte is stored
         return f"q::wrapped<{DTYPE_TO_CPP[dtype]}>({value})"
 
     def _rounded_source(self, index: int) -> int | None:

@@ -26,15 +26,17 @@ from qfuse.normal_form import Dim, equal, reshaped_input, same_shape
 from qfuse.quantize_op import quantize_rows_reference  # noqa: F401  registers the op
 from qfuse.reasons import Decline
 from qfuse.rewrite import Emitter
-from qfuse.row_program import COMPARISONS, REDUCTIONS, Instruction, Number, Operand, Ref, RowProgram
+from qfuse.row_program import COMPARISONS, Instruction, Number, Operand, Ref, RowProgram
 
 aten, prims, ops = torch.ops.aten, torch.ops.prims, torch.ops.qfuse
 log = logging.getLogger(__name__)
 
-#: Operators of the graph, by their name in a program. Reshapes, literals and `clamp` are apart.
+#: Reductions of the graph, by their name in a program; the latter also return an index, which is not known.
+_REDUCTIONS: dict[Target, str] = {aten.amin.default: "amin", aten.amax.default: "amax"}
+_INDEXED_REDUCTIONS: dict[Target, str] = {aten.min.dim: "amin", aten.max.dim: "amax"}
+
+#: Pointwise operators, by their name in a program. Reshapes, literals and `clamp` are apart.
 _NAMES: dict[Target, str] = {
-    aten.amin.default: "amin",
-    aten.amax.default: "amax",
     aten.neg.default: "neg",
     aten.abs.default: "abs",
     aten.reciprocal.default: "reciprocal",
@@ -105,7 +107,7 @@ def _source(quantized: Node, order: dict[Node, int]) -> Node | Decline:
             return _narrowest(node)
         if not _is_readable(node):
             return Decline(f"{name_of(node)} is no arithmetic on elements and rows", node)
-        reduced = reduced or _NAMES.get(node.target) in REDUCTIONS
+        reduced = reduced or _reduction(node) is not None
         for operand in _tensors(node):
             if operand not in seen:
                 seen.add(operand)
@@ -128,12 +130,29 @@ def _narrowest(node: Node) -> Node:
 
 def _is_readable(node: Node) -> bool:
     return node.op == "call_function" and (
-        node.target in _NAMES or node.target is aten.clamp.default or reshaped_input(node) is not None
+        node.target in _NAMES
+        or node.target is aten.clamp.default
+        or reshaped_input(node) is not None
+        or _reduction(node) is not None
     )
+
+
+def _reduction(node: Node) -> tuple[str, Node, Sequence[object]] | None:
+    """Return what `node` reduces: the name, the matrix and the dimensions; or None."""
+    match node.target, node.args:
+        case operator.getitem, (Node(target=target, args=(Node() as inner, dim, *_)), 0):
+            return (_INDEXED_REDUCTIONS[target], inner, [dim]) if target in _INDEXED_REDUCTIONS else None
+        case target, (Node() as inner, [*dims], *_) if target in _REDUCTIONS:
+            return _REDUCTIONS[target], inner, dims
+        case target, (Node() as inner,) if target in _REDUCTIONS:
+            return _REDUCTIONS[target], inner, []
+    return None
 
 
 def _tensors(node: Node) -> list[Node]:
     """Return the tensors that `node` is computed from, without constants that are numbers."""
+    if (reduction := _reduction(node)) is not None:
+        return [reduction[1]]
     inner = reshaped_input(node)
     operands = node.all_input_nodes if inner is None else [inner]
     return [o for o in operands if o.target not in _LITERALS]
@@ -276,6 +295,8 @@ class _Reader:
                 return Decline("rows are cut or merged", node)
             self.values[node] = self.values[inner]
             return None
+        if (reduction := _reduction(node)) is not None:
+            return self._read_reduction(node, *reduction)
         if node.target is aten.clamp.default:
             return self._read_clamp(node)
         name = _NAMES.get(node.target)
@@ -283,8 +304,6 @@ class _Reader:
             return Decline(f"{name_of(node)} is no arithmetic on elements and rows", node)
         if node.kwargs:
             return Decline(f"{name_of(node)} has options", node)
-        if name in REDUCTIONS:
-            return self._read_reduction(name, node)
         return self._read_pointwise(name, node, node.args[:1] if name == "convert" else node.args)
 
     def _read_clamp(self, node: Node) -> Decline | None:
@@ -300,13 +319,10 @@ class _Reader:
                 operand = self.values[node]
         return None
 
-    def _read_reduction(self, name: str, node: Node) -> Decline | None:
-        inner, dims, *_ = [*node.args, ()]
-        if not isinstance(inner, Node) or not self.is_element(inner):
-            return Decline("a reduction of what is no matrix", node)
+    def _read_reduction(self, node: Node, name: str, inner: Node, dims: Sequence[object]) -> Decline | None:
         rank = len(fake_value(inner).shape)
-        if not isinstance(dims, list | tuple) or [d % rank for d in dims if isinstance(d, int)] != [rank - 1]:
-            return Decline(f"reduces over dimensions {dims}, which are not the row", node)
+        if not self.is_element(inner) or [d % rank for d in dims if isinstance(d, int)] != [rank - 1]:
+            return Decline(f"reduces over dimensions {list(dims)}, which are not the row", node)
         self._add(node, Instruction(name, fake_value(node).dtype, (self.values[inner],)), element=False)
         return None
 
@@ -365,9 +381,7 @@ class _Reader:
         if self.is_element(operand) or not element:
             return same_shape(operand, node)
         shape, expected = fake_value(operand).shape, fake_value(node).shape
-        return (
-            len(shape) == len(expected) and equal(shape[-1], 1) and all(map(equal, shape[:-1], expected[:-1]))
-        )
+        return len(shape) == len(expected) and equal(shape[-1], 1) and all(map(equal, shape[:-1], expected[:-1]))
 
 
 def _promotes(name: str, nodes: Sequence[Node], dtype: torch.dtype) -> bool:
