@@ -22,6 +22,7 @@ from torch.fx.node import Target
 
 from qfuse.graph_text import operator as name_of
 from qfuse.inductor import copy_origin, fake_value
+from qfuse.match import assertions
 from qfuse.normal_form import Dim, equal, reshaped_input, same_shape
 from qfuse.quantize_op import quantize_rows_reference  # noqa: F401  registers the op
 from qfuse.reasons import Decline
@@ -195,7 +196,7 @@ def _outputs(reader: _Reader, quantized: list[Node]) -> list[Node]:
     for node in reversed(reader.values):  # users first
         if node is reader.source or node in outputs:
             continue
-        if any(user in left or user not in reader.values for user in node.users):
+        if any(user in left or not (user in reader.values or user in assertions(node)) for user in node.users):
             if reader.is_element(node) and fake_value(node).dtype not in _QUANTIZED:
                 left.add(node)
             else:
@@ -223,10 +224,19 @@ def _replace(reader: _Reader, outputs: list[Node], before: Node) -> Decline | No
         emit.take_back()
         raise
     copy_origin(outputs[0], emit.nodes)
+    _erase_assertions(reader)
     for node, replacement in replacements.items():
         node.replace_all_uses_with(replacement)
     log.debug("quantize %s by %s", reader.source, program)
     return None
+
+
+def _erase_assertions(reader: _Reader) -> None:
+    """Erase what asserts the dtypes of intermediates, and would keep them alive (`torch.export` puts it there)."""
+    for node in reader.values:
+        if node is not reader.source:
+            for assertion in assertions(node):
+                node.graph.erase_node(assertion)
 
 
 def _symbolic(node: Node) -> list[Dim]:

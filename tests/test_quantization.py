@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import zipfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import expecttest
@@ -17,6 +19,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor.utils import run_and_get_code
 
 import qfuse
+from qfuse.lowerings import quantize_rows
 from qfuse.row_program import RowProgram
 
 aten, ops = torch.ops.aten, torch.ops.qfuse
@@ -101,7 +104,13 @@ def without_dimension(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x * (1.0 / scale).unsqueeze(-1)).round().clamp(-128, 127).to(torch.int8), scale.unsqueeze(-1)
 
 
-WRITTEN = (absmax, inverse, guarded, unsigned, of_squares, without_dimension)
+def unrounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Integers by truncation."""
+    scale = x.abs().amax(-1, True) / 127
+    return (x / scale).to(torch.int8), scale
+
+
+WRITTEN = (absmax, inverse, guarded, unsigned, of_squares, without_dimension, unrounded)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -177,23 +186,39 @@ convert:int8 %9
 
     def test_code(self) -> None:
         with inductor_config.patch({"cpp.threads": 1}):
-            _, (code,) = run_and_get_code(torch.compile(Quantized(absmax)), torch.randn(5, 67))
-        kernel = code[code.index("const auto* row") : code.index("\n''')", code.index("const auto* row"))]
+            _, (code,) = run_and_get_code(torch.compile(Quantized(unrounded)), torch.randn(5, 67))
+        kernel = code[(start := code.index("    using T = ")) : code.index("\n''')", start)]
         self.assertExpectedInline(
             kernel,
             """\
-const auto* row = &(V[static_cast<int64_t>(67L*m)]);
-        const auto e1 = q::extremes<true>(row, K);
-        const float x2 = e1.amax();
-        const float x3 = q::clamp_min(x2, static_cast<float>(1e-05));
-        const float x4 = q::div(x3, static_cast<float>(127));
-        Y1[m] = static_cast<float>(x4);
-        q::for_lanes(K, [&](int64_t k, auto lanes) {
-            const q::F x0 = q::load(row + k, lanes);
-            const q::F x5 = q::div(x0, q::F(x4));
-            const q::I x9 = q::nearest(q::clamp_max(q::clamp_min(x5, q::F(static_cast<float>(-127))), q::F(static_cast<float>(127))));
-            q::store(Y0 + m * K + k, x9, lanes);
-        });
+    using T = std::decay_t<decltype(V[0])>;
+    const int64_t M = static_cast<int64_t>(5L), K = static_cast<int64_t>(67L);
+    // What is computed once a row is a chain of latencies, so it is done for as many rows together as stay in the L1 cache.
+    constexpr int64_t MOST = 8;
+    struct Row { float x3; };
+    const int64_t R = std::clamp<int64_t>(24576 / (K * static_cast<int64_t>(sizeof(T))), 1, MOST);
+    #pragma omp parallel for num_threads(1) if(1 > 1 && M * K >= 16384)
+    for (int64_t start = 0; start < M; start += R) {
+        const int64_t end = std::min(M, start + R);
+        Row carried[MOST];
+        for (int64_t m = start; m < end; m++) {
+            const T* row = &(V[static_cast<int64_t>(67L*m)]);
+            const auto e1 = q::extremes<true>(row, K);
+            const float x2 = e1.amax();
+            const float x3 = q::div(x2, static_cast<float>(127));
+            Y1[m] = static_cast<float>(x3);
+            carried[m - start] = {x3};
+        }
+        for (int64_t m = start; m < end; m++) {
+            const T* row = &(V[static_cast<int64_t>(67L*m)]);
+            const auto [x3] = carried[m - start];
+            q::for_lanes(K, [&](int64_t k, auto lanes) {
+                const q::F x0 = q::load(row + k, lanes);
+                const q::F x4 = q::div(x0, q::F(x3));
+                const q::I x5 = q::wrapped<int8_t>(q::truncated(x4));
+                q::store(row, Y0 + m * K + k, x5, lanes);
+            });
+        }
     }
 }""",
         )
@@ -223,7 +248,7 @@ def _programs() -> Iterator[list[str]]:
 
 
 def _rows(m: int, k: int, dtype: torch.dtype) -> Tensor:
-    """Return rows of every kind, [m, k]: normal, zero, one sign, denormal, infinite, NaN of both signs, last and first."""
+    """Return [m, k] rows of every kind: normal, zero, of one sign, denormal, infinite, NaN of both signs."""
     x = torch.randn(m, k) * 3
     tiny = torch.finfo(dtype).smallest_normal / 4
     special = (0.0, -1.0, 2.0, tiny, math.inf, -math.inf, math.nan)
@@ -255,58 +280,63 @@ def _programs_of(dtype: torch.dtype) -> list[str]:
     with _programs() as programs:
         for model in models:
             trace(model, torch.randn(3, 67).to(dtype))
-    return list(dict.fromkeys(programs)) + [_mixed(dtype)]
+    return [*dict.fromkeys(programs), _mixed(dtype)]
 
 
 def _mixed(dtype: torch.dtype) -> str:
     """A program of the operators that no producer uses: int8 and uint8 in one, and outputs of every type."""
     name = str(dtype).removeprefix("torch.")
-    return (
-        f"amax:{name} %0; convert:float64 %1; div:float64 %2 127.0; convert:float32 %3; ne:bool %4 %4; "
-        f"where:float32 %5 1.0 %4; convert:float32 %0; div:float32 %7 %6; minimum:float32 %8 100.0; round:float32 %9; "
-        f"maximum:float32 %10 -100.5; convert:int8 %11; convert:int32 %12; add:int32 %13 128; convert:uint8 %14; "
-        f"lt:bool %7 0.0; neg:{name} %0; where:{name} %16 %17 %0; amin:{name} %18; convert:int8 %3; convert:int64 %4; "
-        f"add:int64 %21 -3; sub:int32 1 %13; mul:int32 %23 3; convert:uint8 %24; ge:bool %13 4; where:int32 %26 %13 %24; "
-        f"abs:int32 %27; convert:int8 %28; convert:{name} %13; convert:float32 %30; convert:int8 %31; convert:int32 %5; "
-        f"-> %12 %15 %2 %4 %19 %20 %22 %25 %29 %32 %33 %1"
-    )
+    return "; ".join(
+        f"""
+        amax:{name} %0; convert:float64 %1; div:float64 %2 127.0; convert:float32 %3; ne:bool %4 %4
+        where:float32 %5 1.0 %4; convert:float32 %0; div:float32 %7 %6; minimum:float32 %8 100.0; round:float32 %9
+        maximum:float32 %10 -100.5; convert:int8 %11; convert:int32 %12; add:int32 %13 128; convert:uint8 %14
+        lt:bool %7 0.0; neg:{name} %0; where:{name} %16 %17 %0; amin:{name} %18; convert:int8 %3; convert:int64 %4
+        add:int64 %21 -3; sub:int32 1 %13; mul:int32 %23 3; convert:uint8 %24; ge:bool %13 4; where:int32 %26 %13 %24
+        abs:int32 %27; convert:int8 %28; convert:{name} %13; convert:float32 %30; convert:int8 %31; convert:int32 %5
+        -> %12 %15 %2 %4 %19 %20 %22 %25 %29 %32 %33 %1
+        """.strip().split("\n")
+    ).replace("        ", "")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_kernel_bits(dtype: torch.dtype) -> None:
     """Scales and integers are those of the reference, whatever is in a row; integers of NaN are undefined."""
     model = Kernels(_programs_of(dtype))
-    for m, k in ((17, 67), (1, 16), (19, 1), (16, 130)):
-        v = _rows(m, k, dtype)
-        got, _ = _compile(model, v, dynamic=False)
-        for program, outputs in zip(model.programs, got, strict=True):
-            _assert_same_bits(outputs, RowProgram.parse(program)(v), v)
+    compiled = torch.compile(model, dynamic=True)
+    for m, k in ((17, 67), (3, 32), (19, 2), (16, 150), (400, 300)):
+        _assert_same_bits(compiled, model, _rows(m, k, dtype))
 
 
-def _assert_same_bits(outputs: list[Tensor], expected: list[Tensor], v: Tensor) -> None:
+def _assert_same_bits(compiled: Model, model: Kernels, v: Tensor) -> None:
     defined = v.isfinite().all(-1)
-    for out, want in zip(outputs, expected, strict=True):
-        assert out.dtype is want.dtype
-        if out.is_floating_point():
-            assert torch.equal(out.isnan(), want.isnan())
-            assert torch.equal(out.nan_to_num(), want.nan_to_num())
-        else:
-            assert torch.equal(out[defined], want[defined])
+    for program, outputs in zip(model.programs, compiled(v), strict=True):
+        for out, want in zip(outputs, RowProgram.parse(program)(v), strict=True):
+            assert out.dtype is want.dtype
+            if out.is_floating_point():
+                assert torch.equal(out.isnan(), want.isnan())
+                assert torch.equal(out.nan_to_num(), want.nan_to_num())
+            else:
+                assert torch.equal(out[defined], want[defined])
 
 
-def test_kernel_without_avx512() -> None:
+def test_one_row_and_one_column() -> None:
+    """Sizes that are compiled for themselves."""
+    model = Kernels([_mixed(torch.bfloat16)])
+    for m, k in ((1, 70), (19, 1)):
+        torch._dynamo.reset()
+        _assert_same_bits(torch.compile(model, dynamic=False), model, _rows(m, k, torch.bfloat16))
+
+
+def test_without_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
     """The portable code computes the same bits."""
-    text = "#define QFUSE_ROWS_AVX512"
-    path = qfuse.lowerings.quantize_rows._TEMPLATE
-    portable = path.read_text().replace(text, "")
-    assert portable != path.read_text()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(path), "read_text", lambda self, *a, **k: portable)
-        for dtype in (torch.bfloat16, torch.float32):
-            v, model = _rows(17, 67, dtype), Kernels(_programs_of(dtype))
-            got, _ = _compile(model, v)
-            for program, outputs in zip(model.programs, got, strict=True):
-                _assert_same_bits(outputs, RowProgram.parse(program)(v), v)
+    portable = quantize_rows._TEMPLATE.replace("#define QFUSE_ROWS_AVX512", "")
+    assert portable != quantize_rows._TEMPLATE
+    monkeypatch.setattr(quantize_rows, "_TEMPLATE", portable)
+    for dtype in (torch.bfloat16, torch.float32):
+        torch._dynamo.reset()
+        model = Kernels(_programs_of(dtype)[-3:])
+        _assert_same_bits(torch.compile(model), model, _rows(17, 67, dtype))
 
 
 def test_strides() -> None:
@@ -371,6 +401,25 @@ def test_shared() -> None:
     assert all(map(torch.equal, result, expected))
 
 
+def test_both_signednesses() -> None:
+    """One kernel, though one linear takes int8 and the other uint8."""
+
+    def run(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        q, scale = absmax(x)
+        u = (q.to(torch.int32) + 128).to(torch.uint8)
+        one, rows, none = torch.ones(1), scale.reshape(-1), torch.ops.qfuse.pack_column_sums(w)
+        linear = torch.ops.qfuse.int8_linear
+        a = linear(q, w, none, rows, one, None, [], [], 0, torch.float32, "aten")
+        return a, linear(u, w, none, rows, one, None, [], [], 128, torch.float32, "aten")
+
+    x, w = torch.randn(20, 67), producers.quantized(32, 67)
+    assert _quantizations(run, x, w) == 1
+    with qfuse.config.patch(fuse_quantization=False):
+        expected = trace(run, x, w).result
+    assert all(map(torch.equal, trace(run, x, w).result, expected))
+    assert torch.equal(*expected)
+
+
 def test_left_in_part() -> None:
     """An integer matmul that is not fused keeps its integers, and a scale its other arithmetic."""
 
@@ -388,12 +437,17 @@ def test_left_in_part() -> None:
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_cpp_wrapper() -> None:
-    model, x = Attention(), torch.randn(20, 67)
-    with inductor_config.patch(cpp_wrapper=True):
-        result, _ = _compile(model, x)
-    for got, expected in zip(result, unfused(model, x), strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+def test_ahead_of_time(tmp_path: Path) -> None:
+    """AOTInductor, from C++; `torch.export` asserts dtypes of what is no longer computed."""
+    model, x, other = Attention(), torch.randn(20, 67), torch.randn(33, 67)
+    rows = torch.export.Dim("rows", min=2, max=500)
+    exported = torch.export.export(model, (x,), dynamic_shapes=({0: rows},))
+    package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "model.pt2"))
+    with zipfile.ZipFile(package) as files:
+        (kernels,) = (name for name in files.namelist() if name.endswith("kernel.cpp"))
+        assert files.read(kernels).decode().count(KERNEL) == 1
+    for got, expected in zip(torch._inductor.aoti_load_package(package)(other), unfused(model, other), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_switched_off() -> None:
