@@ -193,10 +193,10 @@ convert:int8 %9
             """\
     using T = std::decay_t<decltype(V[0])>;
     const int64_t M = static_cast<int64_t>(5L), K = static_cast<int64_t>(67L);
-    // What is computed once a row is a chain of latencies, so it is done for as many rows together as stay in the L1 cache.
+    // What is computed once a row is a chain of latencies: it is done for as many rows together as L1 holds.
     constexpr int64_t MOST = 8;
     struct Row { float x3; };
-    const int64_t R = std::clamp<int64_t>(24576 / (K * static_cast<int64_t>(sizeof(T))), 1, MOST);
+    const int64_t R = std::clamp<int64_t>(24576 / (std::max<int64_t>(K, 1) * sizeof(T)), 1, MOST);
     #pragma omp parallel for num_threads(1) if(1 > 1 && M * K >= 16384)
     for (int64_t start = 0; start < M; start += R) {
         const int64_t end = std::min(M, start + R);
@@ -211,7 +211,7 @@ convert:int8 %9
         }
         for (int64_t m = start; m < end; m++) {
             const T* row = &(V[static_cast<int64_t>(67L*m)]);
-            const auto [x3] = carried[m - start];
+            const float x3 = carried[m - start].x3;
             q::for_lanes(K, [&](int64_t k, auto lanes) {
                 const q::F x0 = q::load(row + k, lanes);
                 const q::F x4 = q::div(x0, q::F(x3));
