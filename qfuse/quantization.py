@@ -117,16 +117,20 @@ def _source(quantized: Node, order: dict[Node, int]) -> Node | Decline:
 
 
 def _narrowest(node: Node) -> Node:
-    """Look through a conversion from a narrower float: it is cheaper to read that."""
+    """Look through reshapes, and conversions from a narrower float: that is cheaper to read."""
     while True:
         inner = reshaped_input(node)
         if inner is None and node.target is prims.convert_element_type.default:
             (inner,) = node.all_input_nodes
             if fake_value(inner).dtype not in _FLOATS or fake_value(inner).itemsize > fake_value(node).itemsize:
                 return node
-        if inner is None or not equal(fake_value(inner).shape[-1:].numel(), fake_value(node).shape[-1:].numel()):
+        if inner is None or fake_value(inner).dim() < 2 or not equal(_columns(inner), _columns(node)):
             return node
         node = inner
+
+
+def _columns(node: Node) -> Dim:
+    return fake_value(node).shape[-1]
 
 
 def _is_readable(node: Node) -> bool:
@@ -175,6 +179,8 @@ def _rewrite(source: Node, quantized: list[Node], order: dict[Node, int]) -> Dec
     value = fake_value(source)
     if value.device.type != "cpu" or value.dtype not in _FLOATS or value.dim() < 2:
         return Decline(f"no kernel for {value.dtype} of {value.dim()} dimensions on {value.device.type}", source)
+    if not isinstance(value.shape[-1], int):
+        return Decline("the length of a row is symbolic", source)
     reader = _Reader(source)
     between = _slice(quantized, source, order)
     for node in between:
@@ -211,7 +217,7 @@ def _replace(reader: _Reader, outputs: list[Node], before: Node) -> Decline | No
     program = reader.program(outputs)
     emit = Emitter(before.graph, before)
     try:
-        v = emit.reshape(reader.source, [-1, fake_value(reader.source).shape[-1]])
+        v = emit.reshape(reader.source, [-1, _columns(reader.source)])
         results = emit.call(ops.quantize_rows.default, v, str(program))
         items = [emit.call(operator.getitem, results, i) for i in range(len(program.outputs))]
         replacements = {}
@@ -384,7 +390,7 @@ class _Reader:
 
     def _has_elements_last(self, node: Node) -> bool:
         shape = fake_value(node).shape
-        return len(shape) > 1 and equal(shape[-1], fake_value(self.source).shape[-1])
+        return len(shape) > 1 and equal(shape[-1], _columns(self.source))
 
     def _is_aligned(self, operand: Node, node: Node, element: bool) -> bool:
         """Tell whether each value of `operand` meets the values of its own row in `node`."""

@@ -17,6 +17,8 @@ from support import Model, snapshots, trace, unfused
 from torch import Tensor, nn
 from torch._inductor import config as inductor_config
 from torch._inductor.utils import run_and_get_code
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+from transformers import BertConfig, BertModel
 
 import qfuse
 from qfuse.lowerings import quantize_rows
@@ -399,6 +401,17 @@ def test_shared() -> None:
         expected, none = _compile(model, x)
     assert none == 0
     assert all(map(torch.equal, result, expected))
+
+
+def test_bert() -> None:
+    """Of 12 linears, q, k and v of a layer share one quantization, and no reduction is left."""
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    model = BertModel(BertConfig(vocab_size=100, **shape)).eval().bfloat16()
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    operators = trace(lambda ids: model(ids).last_hidden_state, torch.randint(0, 100, (2, 16))).after
+    counts = [operators.count(f"qfuse.{name}.default") for name in ("int8_linear", "quantize_rows")]
+    assert counts == [12, 8]
+    assert "aten.amax.default" not in operators
 
 
 def test_both_signednesses() -> None:
