@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,16 @@ from torch._inductor import ir
 from torch._inductor.codegen.cpp_template import CppTemplate
 from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel
 from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
-from torch._inductor.lowering import register_lowering
+from torch._inductor.lowering import fallback_handler, register_lowering
 from torch._inductor.utils import Placeholder, parallel_num_threads
+from torch._inductor.virtualized import V
 
 from qfuse.quantize_op import quantize_rows_reference  # noqa: F401  registers the op
 from qfuse.row_program import COMPARISONS, REDUCTIONS, Instruction, Operand, Ref, RowProgram
 
-_TEMPLATE = Path(__file__).parent / "templates" / "quantize_rows.cpp.jinja"
+log = logging.getLogger("qfuse.lowerings")
+
+_TEMPLATE = (Path(__file__).parent / "templates" / "quantize_rows.cpp.jinja").read_text()
 
 #: Fewer elements than this are not worth waking other threads.
 _PARALLEL_ELEMENTS = 1 << 14
@@ -32,7 +36,19 @@ _EXACT = ("neg", "abs", "round", "minimum", "maximum", "where")
 
 @register_lowering(torch.ops.qfuse.quantize_rows.default, type_promotion_kind=None)
 def quantize_rows(v: Any, program: str) -> list[ir.TensorBox]:
-    """Lower `qfuse::quantize_rows`."""
+    """Lower `qfuse::quantize_rows`; by the reference, if that fails."""
+    try:
+        return _kernel(v, program)
+    except Exception:
+        log.warning("the quantization kernel failed, eager runs instead. Please report this.", exc_info=True)
+    outputs: list[ir.TensorBox] = _reference(v, program)
+    return outputs
+
+
+_reference = fallback_handler(torch.ops.qfuse.quantize_rows.default, add_to_fallback_set=False)
+
+
+def _kernel(v: Any, program: str) -> list[ir.TensorBox]:
     v = ir.ExternKernel.realize_input(v)
     if not _has_contiguous_rows(v):
         v = ir.ExternKernel.require_contiguous(v)
@@ -58,7 +74,7 @@ class QuantizeRows(CppTemplate):
             for output in program.outputs
         ]
         super().__init__("quantize_rows", [v], self.layouts[0], parallel_num_threads())
-        self.code = _Code(program, v.get_dtype())
+        _Code(program, v.get_dtype(), range(len(program.outputs)))  # what fails had better fail now
 
     def outputs(self) -> list[ir.TensorBox]:
         """Return the results of a call of the kernel. There is no other choice, so nothing is benchmarked."""
@@ -76,31 +92,37 @@ class QuantizeRows(CppTemplate):
     def render(self, kernel: Any, outputs: list[Any], **unused: Any) -> str:  # type: ignore[override]
         """Spell out the kernel. outputs: the buffers of the program's outputs."""
         (v,) = self.input_nodes
-        return self._template_from_string(_TEMPLATE.read_text()).render(
+        used = {i: output for i, output in enumerate(outputs) if output.get_name() not in V.graph.removed_buffers}
+        code = _Code(self.program, v.get_dtype(), used)
+        return self._template_from_string(_TEMPLATE).render(
             template=self,
             kernel=kernel,
             V=v,
-            outputs={f"Y{i}": output for i, output in enumerate(outputs)},
+            outputs={f"Y{i}": output for i, output in used.items()},
             num_threads=self.num_threads,
             parallel_elements=_PARALLEL_ELEMENTS,
-            rows=self.code.rows,
-            elements=self.code.elements,
+            carried=code.carried,
+            rows=code.rows,
+            elements=code.elements,
         )
 
 
 class _Code:
     """A program as C++: statements on numbers, once a row, and on lanes of numbers, along it.
 
-    `x3` holds the value with index 3. Types: float, double, int64_t and bool for rows, and for elements F, I and B of the
-    template.
+    `x3` holds the value with index 3. Types: float, double, int64_t and bool for rows; F, I and B of the template for
+    elements. used: the positions of the outputs that are.
     """
 
-    def __init__(self, program: RowProgram, v_dtype: torch.dtype) -> None:
+    def __init__(self, program: RowProgram, v_dtype: torch.dtype, used: Container[int]) -> None:
         self._program = program
+        self._outputs = [(i, output) for i, output in enumerate(program.outputs) if i in used]
         self._v_dtype = v_dtype
         self._read_bits: set[int] = set()
         self.rows = list(self._rows())
         self.elements = list(self._elements())
+        #: What the elements need to know of their row: types and names.
+        self.carried = [(_type(self._dtype(index), False), f"x{index}") for index in self._carried()]
 
     def _rows(self) -> Iterator[str]:
         """Return the statements on the values of a row."""
@@ -109,16 +131,24 @@ class _Code:
                 yield from self._reduction(index, one)
             elif index not in self._program.elements:
                 yield self._statement(index, one)
-        for i, output in enumerate(self._program.outputs):
+        for i, output in self._outputs:
             if output not in self._program.elements:
                 yield f"Y{i}[m] = static_cast<{DTYPE_TO_CPP[self._dtype(output)]}>(x{output});"
 
     def _elements(self) -> Iterator[str]:
         """Return the statements on the elements of a row, from `k` on, `lanes` of them."""
-        outputs = [(i, o) for i, o in enumerate(self._program.outputs) if o in self._program.elements]
+        outputs = [(i, o) for i, o in self._outputs if o in self._program.elements]
         yield from self._computed([o for _, o in outputs])
         for i, output in outputs:
-            yield f"q::store(Y{i} + m * K + k, x{output}, lanes);"
+            yield f"q::store(row, Y{i} + m * K + k, x{output}, lanes);"
+
+    def _carried(self) -> list[int]:
+        used = {
+            operand
+            for index in self._needed([o for _, o in self._outputs if o in self._program.elements])
+            for operand in (self._instruction(index).refs if index else ())
+        }
+        return sorted(used - self._program.elements)
 
     def _reduction(self, index: int, one: Instruction) -> Iterator[str]:
         (operand,) = one.refs
@@ -135,7 +165,7 @@ class _Code:
         for statement in self._computed([operand]):
             yield "    " + statement
         value = f"q::F(x{operand})"
-        yield f"    a{index} = q::{function}(a{index}, q::first({value}, q::F({limit}), lanes));"
+        yield f"    a{index} = q::{function}(a{index}, q::first(row, {value}, q::F({limit}), lanes));"
         yield "});"
         yield f"const float x{index} = q::{one.op}(a{index});"
 
@@ -148,19 +178,22 @@ class _Code:
 
     def _computed(self, values: Sequence[int]) -> Iterator[str]:
         """Return the statements that compute some element values, from v and what is known of the row."""
-        needed, waiting = set(), list(values)
+        for index in self._needed(values):
+            if index:
+                yield self._statement(index, self._instruction(index))
+            else:
+                yield "const q::F x0 = q::load(row + k, lanes);"
+
+    def _needed(self, values: Sequence[int]) -> list[int]:
+        """Return the element values that have to be computed for `values`, in order."""
+        needed, waiting = set[int](), list(values)
         while waiting:
             index = waiting.pop()
             if index in self._program.elements and index not in needed:
                 needed.add(index)
                 source = self._rounded_source(index) if index else None
                 waiting += ([source] if source is not None else self._instruction(index).refs) if index else []
-        for index in sorted(needed):
-            yield (
-                self._statement(index, self._instruction(index))
-                if index
-                else "const q::F x0 = q::load(row + k, lanes);"
-            )
+        return sorted(needed)
 
     def _instruction(self, index: int) -> Instruction:
         return self._program.instructions[index - 1]
@@ -221,10 +254,11 @@ class _Code:
         """Round a value to what its dtype can hold, unless it is known to be such."""
         if dtype in _HALVES:
             return f"q::rounded<{DTYPE_TO_CPP[dtype]}>({value})"
-        if dtype.is_floating_point or dtype in (torch.bool, torch.int64) or index in self._ranges:
+        if dtype.is_floating_point or dtype in (torch.bool, torch.int64):
             return value
-        if dtype is torch.int32 and index in self._program.elements:
-            return value
+        element = index in self._program.elements
+        if element and (dtype is torch.int32 or index in self._ranges):
+            return value  # NaN is no integer of that range, but only its low byte is stored
         return f"q::wrapped<{DTYPE_TO_CPP[dtype]}>({value})"
 
     def _rounded_source(self, index: int) -> int | None:

@@ -22,19 +22,22 @@ from torch.fx.node import Target
 
 from qfuse.graph_text import operator as name_of
 from qfuse.inductor import copy_origin, fake_value
+from qfuse.match import assertions
 from qfuse.normal_form import Dim, equal, reshaped_input, same_shape
 from qfuse.quantize_op import quantize_rows_reference  # noqa: F401  registers the op
 from qfuse.reasons import Decline
 from qfuse.rewrite import Emitter
-from qfuse.row_program import COMPARISONS, REDUCTIONS, Instruction, Number, Operand, Ref, RowProgram
+from qfuse.row_program import COMPARISONS, Instruction, Number, Operand, Ref, RowProgram
 
 aten, prims, ops = torch.ops.aten, torch.ops.prims, torch.ops.qfuse
 log = logging.getLogger(__name__)
 
-#: Operators of the graph, by their name in a program. Reshapes, literals and `clamp` are apart.
+#: Reductions of the graph, by their name in a program; the latter also return an index, which is not known.
+_REDUCTIONS: dict[Target, str] = {aten.amin.default: "amin", aten.amax.default: "amax"}
+_INDEXED_REDUCTIONS: dict[Target, str] = {aten.min.dim: "amin", aten.max.dim: "amax"}
+
+#: Pointwise operators, by their name in a program. Reshapes, literals and `clamp` are apart.
 _NAMES: dict[Target, str] = {
-    aten.amin.default: "amin",
-    aten.amax.default: "amax",
     aten.neg.default: "neg",
     aten.abs.default: "abs",
     aten.reciprocal.default: "reciprocal",
@@ -105,7 +108,7 @@ def _source(quantized: Node, order: dict[Node, int]) -> Node | Decline:
             return _narrowest(node)
         if not _is_readable(node):
             return Decline(f"{name_of(node)} is no arithmetic on elements and rows", node)
-        reduced = reduced or _NAMES.get(node.target) in REDUCTIONS
+        reduced = reduced or _reduction(node) is not None
         for operand in _tensors(node):
             if operand not in seen:
                 seen.add(operand)
@@ -114,26 +117,47 @@ def _source(quantized: Node, order: dict[Node, int]) -> Node | Decline:
 
 
 def _narrowest(node: Node) -> Node:
-    """Look through a conversion from a narrower float: it is cheaper to read that."""
+    """Look through reshapes, and conversions from a narrower float: that is cheaper to read."""
     while True:
         inner = reshaped_input(node)
         if inner is None and node.target is prims.convert_element_type.default:
             (inner,) = node.all_input_nodes
             if fake_value(inner).dtype not in _FLOATS or fake_value(inner).itemsize > fake_value(node).itemsize:
                 return node
-        if inner is None or not equal(fake_value(inner).shape[-1:].numel(), fake_value(node).shape[-1:].numel()):
+        if inner is None or fake_value(inner).dim() < 2 or not equal(_columns(inner), _columns(node)):
             return node
         node = inner
 
 
+def _columns(node: Node) -> Dim:
+    return fake_value(node).shape[-1]
+
+
 def _is_readable(node: Node) -> bool:
     return node.op == "call_function" and (
-        node.target in _NAMES or node.target is aten.clamp.default or reshaped_input(node) is not None
+        node.target in _NAMES
+        or node.target is aten.clamp.default
+        or reshaped_input(node) is not None
+        or _reduction(node) is not None
     )
+
+
+def _reduction(node: Node) -> tuple[str, Node, Sequence[object]] | None:
+    """Return what `node` reduces: the name, the matrix and the dimensions; or None."""
+    match node.target, node.args:
+        case operator.getitem, (Node(target=target, args=(Node() as inner, dim, *_)), 0):
+            return (_INDEXED_REDUCTIONS[target], inner, [dim]) if target in _INDEXED_REDUCTIONS else None
+        case target, (Node() as inner, [*dims], *_) if target in _REDUCTIONS:
+            return _REDUCTIONS[target], inner, dims
+        case target, (Node() as inner,) if target in _REDUCTIONS:
+            return _REDUCTIONS[target], inner, []
+    return None
 
 
 def _tensors(node: Node) -> list[Node]:
     """Return the tensors that `node` is computed from, without constants that are numbers."""
+    if (reduction := _reduction(node)) is not None:
+        return [reduction[1]]
     inner = reshaped_input(node)
     operands = node.all_input_nodes if inner is None else [inner]
     return [o for o in operands if o.target not in _LITERALS]
@@ -155,6 +179,8 @@ def _rewrite(source: Node, quantized: list[Node], order: dict[Node, int]) -> Dec
     value = fake_value(source)
     if value.device.type != "cpu" or value.dtype not in _FLOATS or value.dim() < 2:
         return Decline(f"no kernel for {value.dtype} of {value.dim()} dimensions on {value.device.type}", source)
+    if not isinstance(value.shape[-1], int):
+        return Decline("the length of a row is symbolic", source)
     reader = _Reader(source)
     between = _slice(quantized, source, order)
     for node in between:
@@ -176,7 +202,7 @@ def _outputs(reader: _Reader, quantized: list[Node]) -> list[Node]:
     for node in reversed(reader.values):  # users first
         if node is reader.source or node in outputs:
             continue
-        if any(user in left or user not in reader.values for user in node.users):
+        if any(user in left or not (user in reader.values or user in assertions(node)) for user in node.users):
             if reader.is_element(node) and fake_value(node).dtype not in _QUANTIZED:
                 left.add(node)
             else:
@@ -191,7 +217,7 @@ def _replace(reader: _Reader, outputs: list[Node], before: Node) -> Decline | No
     program = reader.program(outputs)
     emit = Emitter(before.graph, before)
     try:
-        v = emit.reshape(reader.source, [-1, fake_value(reader.source).shape[-1]])
+        v = emit.reshape(reader.source, [-1, _columns(reader.source)])
         results = emit.call(ops.quantize_rows.default, v, str(program))
         items = [emit.call(operator.getitem, results, i) for i in range(len(program.outputs))]
         replacements = {}
@@ -204,10 +230,19 @@ def _replace(reader: _Reader, outputs: list[Node], before: Node) -> Decline | No
         emit.take_back()
         raise
     copy_origin(outputs[0], emit.nodes)
+    _erase_assertions(reader)
     for node, replacement in replacements.items():
         node.replace_all_uses_with(replacement)
     log.debug("quantize %s by %s", reader.source, program)
     return None
+
+
+def _erase_assertions(reader: _Reader) -> None:
+    """Erase what asserts the dtypes of intermediates, and would keep them alive (`torch.export` puts it there)."""
+    for node in reader.values:
+        if node is not reader.source:
+            for assertion in assertions(node):
+                node.graph.erase_node(assertion)
 
 
 def _symbolic(node: Node) -> list[Dim]:
@@ -276,6 +311,8 @@ class _Reader:
                 return Decline("rows are cut or merged", node)
             self.values[node] = self.values[inner]
             return None
+        if (reduction := _reduction(node)) is not None:
+            return self._read_reduction(node, *reduction)
         if node.target is aten.clamp.default:
             return self._read_clamp(node)
         name = _NAMES.get(node.target)
@@ -283,8 +320,6 @@ class _Reader:
             return Decline(f"{name_of(node)} is no arithmetic on elements and rows", node)
         if node.kwargs:
             return Decline(f"{name_of(node)} has options", node)
-        if name in REDUCTIONS:
-            return self._read_reduction(name, node)
         return self._read_pointwise(name, node, node.args[:1] if name == "convert" else node.args)
 
     def _read_clamp(self, node: Node) -> Decline | None:
@@ -300,13 +335,10 @@ class _Reader:
                 operand = self.values[node]
         return None
 
-    def _read_reduction(self, name: str, node: Node) -> Decline | None:
-        inner, dims, *_ = [*node.args, ()]
-        if not isinstance(inner, Node) or not self.is_element(inner):
-            return Decline("a reduction of what is no matrix", node)
+    def _read_reduction(self, node: Node, name: str, inner: Node, dims: Sequence[object]) -> Decline | None:
         rank = len(fake_value(inner).shape)
-        if not isinstance(dims, list | tuple) or [d % rank for d in dims if isinstance(d, int)] != [rank - 1]:
-            return Decline(f"reduces over dimensions {dims}, which are not the row", node)
+        if not self.is_element(inner) or [d % rank for d in dims if isinstance(d, int)] != [rank - 1]:
+            return Decline(f"reduces over dimensions {list(dims)}, which are not the row", node)
         self._add(node, Instruction(name, fake_value(node).dtype, (self.values[inner],)), element=False)
         return None
 
@@ -358,7 +390,7 @@ class _Reader:
 
     def _has_elements_last(self, node: Node) -> bool:
         shape = fake_value(node).shape
-        return len(shape) > 1 and equal(shape[-1], fake_value(self.source).shape[-1])
+        return len(shape) > 1 and equal(shape[-1], _columns(self.source))
 
     def _is_aligned(self, operand: Node, node: Node, element: bool) -> bool:
         """Tell whether each value of `operand` meets the values of its own row in `node`."""

@@ -1,8 +1,8 @@
 """The canonical op of a quantization.
 
 `qfuse::quantize_rows(v, program) -> values`
-    Runs a program (`qfuse.row_program`) on each row of v, [M, K] of any float dtype, and returns its outputs: [M, K] for
-    element values (the quantized rows) and [M] for row values (scales, zero points). Contiguous.
+    Runs a program (`qfuse.row_program`) on each row of v, [M, K] of any float dtype, and returns its outputs: [M, K]
+    for element values (the quantized rows) and [M] for row values (scales, zero points). Contiguous.
 """
 
 from __future__ import annotations

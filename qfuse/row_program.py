@@ -1,8 +1,8 @@
 """Arithmetic on the rows of a matrix, as a value: what a graph does between an activation and its quantization.
 
-A program takes v, [M, K]. Each instruction computes an *element* value, [M, K], or a *row* value, one number a row, which
-is [M, 1] where it meets elements. A reduction over the row makes a row value of an element value; everything else is
-pointwise. The instructions are the graph's own, in its dtypes: nothing is reordered, and what the graph rounds to
+A program takes v, [M, K]. Each instruction computes an *element* value, [M, K], or a *row* value, one number a row,
+which is [M, 1] where it meets elements. A reduction over the row makes a row value of an element value; everything else
+is pointwise. The instructions are the graph's own, in its dtypes: nothing is reordered, and what the graph rounds to
 bfloat16 is rounded. So every implementation returns the same bits.
 
 As text, which is how a program travels in a graph: `instruction; …; -> outputs`, with `%0` for v and `%i` for the
