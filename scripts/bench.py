@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+MODELS = ("minilm", "bert", "llama")
 ISAS = ("native", "avx512_vnni")
 
 
@@ -22,6 +23,8 @@ def main() -> int:
     """Run the benchmark and return the exit status."""
     options = parse_options()
     silence()
+    if options.command == "engine":
+        return serve_engine(options)
     if options.worker is None:
         from benchmarks.parent import run  # not before: --help needs nothing installed
 
@@ -32,12 +35,23 @@ def main() -> int:
     return 0
 
 
+def serve_engine(options: argparse.Namespace) -> int:
+    """Be the process of one engine; `model` starts these."""
+    from benchmarks.worker import prepare_process
+
+    prepare_process(options)
+    from benchmarks.engine_process import serve
+
+    serve(options)
+    return 0
+
+
 def parse_options() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
         prog="scripts/bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{linear,model}")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
         "--threads", type=at_least(1), nargs="+", default=[1, 2], metavar="N", help="numbers of threads (default: 1 2)"
@@ -71,6 +85,17 @@ def parse_options() -> argparse.Namespace:
     linear.add_argument(
         "--memory", type=at_least(1), default=1024, metavar="MIB", help="what the read probe reads (default: 1024)"
     )
+
+    model = commands.add_parser("model", parents=[common], help="whole models, and other engines")
+    model.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="(default: all)")
+    model.add_argument(
+        "--engines", nargs="+", default=[], metavar="TEXT", help="only those with one of these in the name, as int8"
+    )
+
+    engine = commands.add_parser("engine", parents=[common])  # one of those that `model` starts
+    engine.add_argument("model")
+    engine.add_argument("engine")
+    engine.add_argument("--first", type=Path)
     return parser.parse_args()
 
 

@@ -56,3 +56,40 @@ def test_linear(dtype: torch.dtype, tmp_path: Path) -> None:
     assert [table.row_count for table in linear_tables(run.cases)] == [len(names) + 3] * 4
     plot(run.cases, run.summary, tmp_path / "linear.svg")
     assert (tmp_path / "linear.svg").stat().st_size
+
+
+def test_decode_continues_prefill() -> None:
+    """The step at the last position computes what prefill computes there."""
+    from benchmarks.decoder import Decoder, Prefill, Size, Step
+
+    size = Size(hidden=64, intermediate=96, layers=2, heads=4, kv_heads=2, vocabulary=64, positions=16)
+    decoder = Decoder(size)
+    ids = torch.randint(size.vocabulary, (1, size.positions))
+    _, *past = decoder.run(ids[:, :-1], 0, ())
+    torch.testing.assert_close(Step(decoder)(ids[:, -1:], *past)[0], Prefill(decoder)(ids)[0][:, -1:])
+
+
+def test_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    import dataclasses
+
+    from benchmarks.model import Settings, measure
+    from benchmarks.model_engines import ENGINES
+    from benchmarks.report import model_tables
+
+    monkeypatch.setitem(ENGINES, "absent", dataclasses.replace(ENGINES["int8, eager"], packages=("no-such-package",)))
+    # "failing" is not known to the process that should run it.
+    monkeypatch.setitem(ENGINES, "failing", ENGINES["int8, eager"])
+    engines = ("absent", "failing", "int8, eager", "int8, qfuse")
+    (case,) = measure(Settings(["tiny-bert"], engines, rounds=2))
+    absent, failing, eager, fused = case.engines
+    assert absent.absent == "not installed: no-such-package"
+    assert "failing" in failing.absent
+    for engine in (eager, fused):
+        assert engine.error is not None
+        assert engine.error < 0.1
+    assert eager.absent == "not timed"
+    assert len(fused.seconds) == 2
+    assert fused.note.startswith("6 of 6 fused: ")
+    assert fused.compile_seconds
+    (table,) = model_tables([case])
+    assert table.row_count == 4

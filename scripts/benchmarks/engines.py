@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._inductor.utils import fresh_cache
 
 import qfuse
 from qfuse.fusion_pass import FUSION_PASS
@@ -43,11 +42,12 @@ def compile_model(
     *,
     fuse: bool,
     only_lowering: str | None = None,
-    cold: bool = False,
+    backend: str = "inductor",
 ) -> Compiled:
     """Compile `model` with weights frozen, by calling it once.
 
-    fuse: with qfuse. only_lowering: with the other lowerings disabled. cold: with empty caches, for the compile time.
+    fuse: with qfuse. only_lowering: with the other lowerings disabled.
+    backend: dynamo's name for another compiler.
     """
 
     @with_fresh_code  # or dynamo would look for the code of this model among that of others of its class, in each call
@@ -55,10 +55,8 @@ def compile_model(
         return model(*args)
 
     disabled = [name for name in lowering_names() if name != only_lowering] if only_lowering else []
-    compiled = torch.compile(run)
+    compiled = torch.compile(run, backend=backend)
     with contextlib.ExitStack() as stack:
-        if cold:
-            stack.enter_context(fresh_cache())
         stack.enter_context(torch._inductor.config.patch(freezing=True))
         stack.enter_context(qfuse.config.patch(disabled_lowerings=disabled))
         matches, misses = stack.enter_context(recording())

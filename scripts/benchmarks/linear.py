@@ -12,6 +12,7 @@ import torch
 from benchmarks.engines import Compiled, compile_model, lowering_names, relative_error
 from benchmarks.linear_modules import Shape, Subject, flattened, quantized_inside, quantized_outside
 from benchmarks.probes import Peak, Reads
+from benchmarks.profiling import kernels
 from benchmarks.results import BF16, STOCK, Case, Measured
 from benchmarks.timing import alternate
 
@@ -43,6 +44,7 @@ class Settings:
     rounds: int = 30
     threads: int = 1
     memory_bytes: int = MEMORY_BYTES
+    profile: bool = False
 
 
 def measure(settings: Settings, say: Callable[[str], None] = lambda line: None) -> Iterable[Case]:
@@ -110,6 +112,8 @@ def _measure(
         result = flattened(compiled.call(*inputs))
         engines.append(Measured(name, note=note, error=relative_error(result, subject.reference)))
         calls.append(partial(compiled.call, *inputs))
+        if settings.profile:
+            engines[-1].kernels = kernels(calls[-1])
 
     default = compile_model(subject.int8, subject.int8_inputs, fuse=True)
     for name in lowering_names():

@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.plot import plot
+from benchmarks.profiling import kernel_table
 from benchmarks.report import LEGEND, linear_tables, model_tables
 from benchmarks.results import Case, Run, load, save
 from benchmarks.worker import isa_limit
@@ -57,6 +58,11 @@ def show(runs: list[Run], cases: list[Case], command: str, console: Console) -> 
     console.print(runs[0].summary, highlight=False)
     for table in (linear_tables if command == "linear" else model_tables)(cases):
         console.print(table)
+    for case in cases:
+        for engine in case.engines:
+            if engine.kernels:
+                title = f"{case.title}, {case.mode}, {engine.engine}, {case.threads} threads"
+                console.print(kernel_table(title, engine.kernels))
     console.print(LEGEND[command], highlight=False)
     for note in dict.fromkeys(note for run in runs for note in run.notes):
         console.print(note, highlight=False, markup=False)

@@ -19,6 +19,7 @@ class Measured:
     seconds: of a call, round by round; empty where the engine did not run. absent: why it did not, or "". note: a word
     for the table, as which lowering was used. error: against the reference, by `engines.relative_error`. cosine: of
     sentence embeddings. compile_seconds: with empty caches, or None if that was not measured.
+    kernels: of `profiling.kernels`, if asked.
     """
 
     engine: str
@@ -28,6 +29,7 @@ class Measured:
     error: float | None = None
     cosine: float | None = None
     compile_seconds: float | None = None
+    kernels: list[list[Any]] = field(default_factory=list)
 
 
 @dataclass

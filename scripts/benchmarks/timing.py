@@ -10,6 +10,7 @@ from typing import Any
 
 Call = Callable[[], Any]
 
+SAMPLE_SECONDS = 0.005
 WARM_UP_CALLS = 3
 MOST_CALLS = 1000  # in one sample
 
@@ -18,21 +19,16 @@ def alternate(
     calls: Sequence[Call],
     rounds: int,
     *,
-    sample_seconds: float = 0.005,
     probes: Mapping[str, Callable[[], float]] | None = None,
-    progress: Callable[[], None] = lambda: None,
 ) -> tuple[list[list[float]], dict[str, list[float]]]:
     """Time the calls in rounds, so that whatever else the machine does falls on all of them.
 
-    sample_seconds: a short call is repeated for that long, and the sample is the mean; before each sample is a call
-    that is not timed, which brings caches back into the state that the repeated call leaves them in.
     probes: what the machine can do at best, measured once in each round.
-    progress: called after each round.
 
     Returns:
         the seconds of each call, round by round, and the rates of each probe.
     """
-    repeats = [_repeats(call, sample_seconds) for call in calls]
+    samplers = [Sampler(call) for call in calls]
     seconds: list[list[float]] = [[] for _ in calls]
     rates: dict[str, list[float]] = {name: [] for name in probes or {}}
     for done in range(rounds):
@@ -40,23 +36,31 @@ def alternate(
             rates[name].append(probe())
         for position in range(len(calls)):
             i = (position + done) % len(calls)  # each is the first in some round
-            calls[i]()
-            seconds[i].append(_sample(calls[i], repeats[i]))
-        progress()
+            seconds[i].append(samplers[i].sample())
     return seconds, rates
 
 
-def _repeats(call: Call, sample_seconds: float) -> int:
-    for _ in range(WARM_UP_CALLS):
-        call()
-    return min(MOST_CALLS, max(1, math.ceil(sample_seconds / _sample(call, 1))))
+class Sampler:
+    """Takes samples of the time of a call.
 
+    A short call is repeated for `sample_seconds`, and the sample is the mean. Before each sample is a call that is not
+    timed, which brings caches back into the state that the repeated call leaves them in.
+    """
 
-def _sample(call: Call, repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - start) / repeats
+    def __init__(self, call: Call, sample_seconds: float = SAMPLE_SECONDS) -> None:
+        self._call = call
+        for _ in range(WARM_UP_CALLS):
+            call()
+        self._repeats = 1
+        self._repeats = min(MOST_CALLS, max(1, math.ceil(sample_seconds / self.sample())))
+
+    def sample(self) -> float:
+        """Return the seconds of a call."""
+        self._call()
+        start = time.perf_counter()
+        for _ in range(self._repeats):
+            self._call()
+        return (time.perf_counter() - start) / self._repeats
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:

@@ -20,28 +20,52 @@ def work(options: argparse.Namespace) -> None:
     """Measure, and write the results where the parent looks for them."""
     import torch
 
-    if options.isa != "native":
-        hide_amx(torch)
+    prepare_process(options)
     from benchmarks import machine
     from benchmarks.results import Run, save
-    from qfuse import disable
 
     (threads,) = options.threads
-    torch.set_num_threads(threads)
-    disable()  # but for what is compiled with it
     described = machine.describe()
     kept = {key: value for key, value in vars(options).items() if key not in ("worker", "out")}
     run = Run(described.as_dict(), described.summary(), kept)
     if (load := described.load_average[0]) > QUIET:
         run.notes.append(f"Other processes were running (load average {load:.2f}): these times mean little.")
     with torch.no_grad():
-        {"linear": _linear}[options.command](options, threads, run)
+        {"linear": _linear, "model": _model}[options.command](options, threads, run)
     save([run], options.worker)
 
 
-def hide_amx(torch: Any) -> None:
-    """Let torch and torchao see no AMX: oneDNN is limited by the environment, and others ask this function."""
-    torch._C._cpu._is_amx_tile_supported = lambda: False
+def prepare_process(options: argparse.Namespace) -> None:
+    """Set threads, instruction set and profiling, and keep qfuse out of what is not compiled with it."""
+    import torch
+
+    torch.set_num_threads(*options.threads)
+    if options.isa != "native":
+        # oneDNN is limited by the environment; Inductor and torchao ask this function.
+        torch._C._cpu._is_amx_tile_supported = lambda: False
+    if options.profile:
+        torch._inductor.config.cpp.enable_kernel_profile = True
+    import qfuse
+
+    qfuse.disable()
+
+
+def _model(options: argparse.Namespace, threads: int, run: Any) -> None:
+    from benchmarks import model
+    from benchmarks.model_engines import ENGINES
+    from benchmarks.models import GROUPS
+
+    settings = model.Settings(
+        models=[name for group in options.models for name in GROUPS[group]],
+        engines=[name for name in ENGINES if not options.engines or any(part in name for part in options.engines)],
+        isa=options.isa,
+        rounds=options.rounds,
+        threads=threads,
+        profile=options.profile,
+    )
+    run.cases += model.measure(settings, Say(threads))
+    if options.isa != "native":
+        run.notes.append("ONNX Runtime and OpenVINO know no such limit of the instruction set.")
 
 
 def _linear(options: argparse.Namespace, threads: int, run: Any) -> None:
@@ -63,6 +87,7 @@ def _linear(options: argparse.Namespace, threads: int, run: Any) -> None:
         rounds=options.rounds,
         threads=threads,
         memory_bytes=options.memory * 2**20,
+        profile=options.profile,
     )
     run.cases += linear.measure(settings, Say(threads))
     run.notes += linear.notes(settings)
