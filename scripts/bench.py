@@ -60,7 +60,7 @@ def parse_options() -> argparse.Namespace:
     common.add_argument(
         "--isa", choices=ISAS, default="native", help="avx512_vnni: as on a CPU without AMX, for torch and torchao too"
     )
-    common.add_argument("--profile", action="store_true", help="show the time by kernel as well")
+    common.add_argument("--profile", action="store_true", help="show the time by kernel too; slows calls a little")
     common.add_argument(
         "--out",
         type=Path,

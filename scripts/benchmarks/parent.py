@@ -23,13 +23,16 @@ WIDTH = 170  # of tables in a file
 def run(options: argparse.Namespace, arguments: list[str]) -> int:
     """Do what the command line says, and return the exit status."""
     runs: list[Run] = []
+    failed = 0
     with tempfile.TemporaryDirectory() as directory:
         for threads in options.threads:
             results = Path(directory, f"{threads}.json")
             if status := _worker(threads, results, options.isa, arguments):
                 print(f"qfuse: the process that measured {threads} threads ended with {status}.", file=sys.stderr)
-                return 1
-            runs += load(results)
+                failed = 1
+            runs += load(results) if results.exists() else []
+    if not runs:
+        return 1
     name = options.command if options.isa == "native" else f"{options.command}_{options.isa}"
     save(runs, options.out / f"{name}.json")
     cases = [case for run in runs for case in run.cases]
@@ -40,7 +43,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
         show(runs, cases, options.command, Console(file=file, width=WIDTH))
     plot(cases, runs[0].summary, options.out / f"{name}.svg")
     print(f"written to {options.out}: {name}.json, {name}.txt, {name}.svg")
-    return 0
+    return failed
 
 
 def _worker(threads: int, results: Path, isa: str, arguments: list[str]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
+from collections.abc import Iterable
 from typing import Any
 
 ISA_LIMITS = {"native": "", "avx512_vnni": "AVX512_CORE_BF16"}  # as oneDNN calls it
@@ -31,8 +32,10 @@ def work(options: argparse.Namespace) -> None:
     if (load := described.load_average[0]) > QUIET:
         run.notes.append(f"Other processes were running (load average {load:.2f}): these times mean little.")
     with torch.no_grad():
-        {"linear": _linear, "model": _model}[options.command](options, threads, run)
-    save([run], options.worker)
+        measure = {"linear": _linear, "model": _model}[options.command]
+        for case in measure(options, threads, run):
+            run.cases.append(case)
+            save([run], options.worker)  # each time: a long run that is broken off is not lost
 
 
 def prepare_process(options: argparse.Namespace) -> None:
@@ -50,7 +53,7 @@ def prepare_process(options: argparse.Namespace) -> None:
     qfuse.disable()
 
 
-def _model(options: argparse.Namespace, threads: int, run: Any) -> None:
+def _model(options: argparse.Namespace, threads: int, run: Any) -> Iterable[Any]:
     from benchmarks import model
     from benchmarks.model_engines import ENGINES
     from benchmarks.models import GROUPS
@@ -63,12 +66,12 @@ def _model(options: argparse.Namespace, threads: int, run: Any) -> None:
         threads=threads,
         profile=options.profile,
     )
-    run.cases += model.measure(settings, Say(threads))
     if options.isa != "native":
         run.notes.append("ONNX Runtime and OpenVINO know no such limit of the instruction set.")
+    return model.measure(settings, Say(threads))
 
 
-def _linear(options: argparse.Namespace, threads: int, run: Any) -> None:
+def _linear(options: argparse.Namespace, threads: int, run: Any) -> Iterable[Any]:
     import torch
 
     from benchmarks import linear
@@ -89,8 +92,8 @@ def _linear(options: argparse.Namespace, threads: int, run: Any) -> None:
         memory_bytes=options.memory * 2**20,
         profile=options.profile,
     )
-    run.cases += linear.measure(settings, Say(threads))
     run.notes += linear.notes(settings)
+    return linear.measure(settings, Say(threads))
 
 
 @dataclasses.dataclass
