@@ -91,6 +91,9 @@ def parse_options() -> argparse.Namespace:
     model.add_argument(
         "--engines", nargs="+", default=[], metavar="TEXT", help="only those with one of these in the name, as int8"
     )
+    model.add_argument(
+        "--compiles", type=at_least(1), default=1, metavar="N", help="compiles of each engine, in turn (default: 1)"
+    )
 
     engine = commands.add_parser("engine", parents=[common])  # one of those that `model` starts
     engine.add_argument("model")

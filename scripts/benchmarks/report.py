@@ -20,7 +20,7 @@ LEGEND = {
     ),
     "model": (
         "×: times as fast, median of the rounds' ratios. error: relative Frobenius norm of the output, against the "
-        "model in float32, not compiled. compile: with caches that "
+        "model in float32, not compiled. compile: median, with caches that "
         "hold nothing of the model, the first call included; of ONNX Runtime and OpenVINO without the export, but with "
         "quantization."
     ),
@@ -72,7 +72,17 @@ def model_tables(cases: Sequence[Case]) -> Iterable[Table]:
         table = _table(
             f"models, {threads} thread{'s' * (threads > 1)}",
             "model",
-            *("engine", "median ms", "quartiles", "× stock int8", "× bf16", "error", "cosine", "compile s"),
+            *(
+                "engine",
+                "median ms",
+                "quartiles",
+                "× stock int8",
+                "× bf16",
+                "error",
+                "cosine",
+                "compile s",
+                "/ stock int8",
+            ),
         )
         for case in group:
             for i, engine in enumerate(case.engines):
@@ -96,7 +106,8 @@ def _model_row(case: Case, engine: Measured) -> list[str]:
         *times,
         _number(engine.error, ".2e"),
         _number(engine.cosine, ".4f"),
-        _number(engine.compile_seconds, ".1f"),
+        _number(median(engine.compile_seconds) if engine.compile_seconds else None, ".1f"),
+        _compile_ratio(case, engine),
     ]
 
 
@@ -119,6 +130,14 @@ def _percent(case: Case, engine: Measured, probe: str, amount: int) -> str:
 def _speed(case: Case, engine: Measured, other: str) -> str:
     found = case.ran(other)
     return f"{ratio(found.seconds, engine.seconds)[1]:.2f}" if found else ""
+
+
+def _compile_ratio(case: Case, engine: Measured) -> str:
+    """Return the compile time as a multiple of stock int8's, the median of the turns' ratios."""
+    stock = case.ran(STOCK)
+    if not engine.compile_seconds or not stock or len(stock.compile_seconds) != len(engine.compile_seconds):
+        return ""
+    return f"{ratio(engine.compile_seconds, stock.compile_seconds)[1]:.2f}"
 
 
 def _rate(name: str, values: Sequence[float]) -> str:

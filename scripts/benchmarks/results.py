@@ -18,7 +18,7 @@ class Measured:
 
     seconds: of a call, round by round; empty where the engine did not run. absent: why it did not, or "". note: a word
     for the table, as which lowering was used. error: against the reference, by `engines.relative_error`. cosine: of
-    sentence embeddings. compile_seconds: with empty caches, or None if that was not measured.
+    sentence embeddings. compile_seconds: of each compile, with caches that hold nothing of it.
     kernels: of `profiling.kernels`, if asked.
     """
 
@@ -28,7 +28,7 @@ class Measured:
     note: str = ""
     error: float | None = None
     cosine: float | None = None
-    compile_seconds: float | None = None
+    compile_seconds: list[float] = field(default_factory=list)
     kernels: list[list[Any]] = field(default_factory=list)
 
 

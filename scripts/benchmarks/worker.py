@@ -65,6 +65,7 @@ def _model(options: argparse.Namespace, threads: int, run: Any) -> Iterable[Any]
         rounds=options.rounds,
         threads=threads,
         profile=options.profile,
+        compiles=options.compiles,
     )
     if options.isa != "native":
         run.notes.append("ONNX Runtime and OpenVINO know no such limit of the instruction set.")
