@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -65,11 +66,13 @@ class EngineProcess:
         if line := self._process.stdout.readline():
             reply: dict[str, Any] = json.loads(line)
             return reply
-        self._process.wait()
+        status = self._process.wait()
+        if status < 0:
+            raise EngineError(f"it crashed: {signal.Signals(-status).name}")
         self._log.seek(0)
         lines = [line.strip() for line in self._log.read().splitlines() if line.strip()]
         self._log.close()
-        raise EngineError(lines[-1] if lines else f"it ended with {self._process.returncode}")
+        raise EngineError(lines[-1] if lines else f"it ended with {status}")
 
 
 def serve(options: argparse.Namespace) -> None:
