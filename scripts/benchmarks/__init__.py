@@ -1,0 +1,1 @@
+"""The work of `scripts/bench`: one subject a file."""

@@ -1,0 +1,71 @@
+"""Starts one process for each number of threads, gathers what they measured, and shows it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks.plot import plot
+from benchmarks.profiling import kernel_table
+from benchmarks.report import LEGEND, linear_tables, model_tables
+from benchmarks.results import Case, Run, load, save
+from benchmarks.worker import isa_limit
+
+WIDTH = 170  # of tables in a file
+
+
+def run(options: argparse.Namespace, arguments: list[str]) -> int:
+    """Do what the command line says, and return the exit status."""
+    runs: list[Run] = []
+    failed = 0
+    with tempfile.TemporaryDirectory() as directory:
+        for threads in options.threads:
+            results = Path(directory, f"{threads}.json")
+            if status := _worker(threads, results, options.isa, arguments):
+                print(f"qfuse: the process that measured {threads} threads ended with {status}.", file=sys.stderr)
+                failed = 1
+            runs += load(results) if results.exists() else []
+    if not runs:
+        return 1
+    name = options.command if options.isa == "native" else f"{options.command}_{options.isa}"
+    save(runs, options.out / f"{name}.json")
+    cases = [case for run in runs for case in run.cases]
+    screen = Console()
+    # A pipe has no width, and 80 columns are too few.
+    show(runs, cases, options.command, screen if screen.is_terminal else Console(width=WIDTH))
+    with (options.out / f"{name}.txt").open("w") as file:
+        show(runs, cases, options.command, Console(file=file, width=WIDTH))
+    plot(cases, runs[0].summary, options.out / f"{name}.svg")
+    print(f"written to {options.out}: {name}.json, {name}.txt, {name}.svg")
+    return failed
+
+
+def _worker(threads: int, results: Path, isa: str, arguments: list[str]) -> int:
+    """Measure with so many threads, in a process of its own, because libraries read their number and the ISA once."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    if limit := isa_limit(isa):
+        environment["ONEDNN_MAX_CPU_ISA"] = limit
+    script = Path(__file__).resolve().parents[1] / "bench.py"
+    command = [sys.executable, str(script), *arguments, "--threads", str(threads), "--worker", str(results)]
+    return subprocess.run(command, env=environment, check=False).returncode
+
+
+def show(runs: list[Run], cases: list[Case], command: str, console: Console) -> None:
+    """Print the machine, the tables and the notes."""
+    console.print(runs[0].summary, highlight=False)
+    for table in (linear_tables if command == "linear" else model_tables)(cases):
+        console.print(table)
+    for case in cases:
+        for engine in case.engines:
+            if engine.kernels:
+                title = f"{case.title}, {case.mode}, {engine.engine}, {case.threads} threads"
+                console.print(kernel_table(title, engine.kernels))
+    console.print(LEGEND[command], highlight=False)
+    for note in dict.fromkeys(note for run in runs for note in run.notes):
+        console.print(note, highlight=False, markup=False)

@@ -1,0 +1,87 @@
+"""What a benchmark has measured, and how it is kept in JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+#: The engines that others are compared with.
+STOCK, BF16 = "int8, stock", "bf16, stock"
+
+
+@dataclass
+class Measured:
+    """One engine in one case.
+
+    seconds: of a call, round by round; empty where the engine did not run. absent: why it did not, or "". note: a word
+    for the table, as which lowering was used. error: against the reference, by `engines.relative_error`. cosine: of
+    sentence embeddings. compile_seconds: of each compile, with caches that hold nothing of it.
+    kernels: of `profiling.kernels`, if asked.
+    """
+
+    engine: str
+    seconds: list[float] = field(default_factory=list)
+    absent: str = ""
+    note: str = ""
+    error: float | None = None
+    cosine: float | None = None
+    compile_seconds: list[float] = field(default_factory=list)
+    kernels: list[list[Any]] = field(default_factory=list)
+
+
+@dataclass
+class Case:
+    """What was measured in alternating rounds.
+
+    rates: of the probes, round by round. operations, traffic, weights: as in `linear_modules.Subject`; 0 if unknown.
+    """
+
+    title: str
+    mode: str
+    threads: int
+    engines: list[Measured]
+    rates: dict[str, list[float]] = field(default_factory=dict)
+    operations: int = 0
+    traffic: int = 0
+    weights: int = 0
+
+    def ran(self, engine: str) -> Measured | None:
+        """Return the engine of that name, if it ran."""
+        return next((e for e in self.engines if e.engine == engine and e.seconds), None)
+
+
+@dataclass
+class Run:
+    """All that one process measured. machine, summary: of `machine.Machine`. notes: what a reader has to know."""
+
+    machine: dict[str, Any]
+    summary: str
+    options: dict[str, Any]
+    cases: list[Case] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def grouped(cases: Sequence[Case]) -> list[tuple[tuple[int, str], list[Case]]]:
+    """Return the cases by number of threads and mode, in the order in which these were measured."""
+    groups: dict[tuple[int, str], list[Case]] = {}
+    for case in cases:
+        groups.setdefault((case.threads, case.mode), []).append(case)
+    return list(groups.items())
+
+
+def save(runs: list[Run], path: Path) -> None:
+    """Write runs as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([asdict(run) for run in runs], indent=1) + "\n")
+
+
+def load(path: Path) -> list[Run]:
+    """Read what `save` has written."""
+    runs = []
+    for run in json.loads(path.read_text()):
+        cases = [Case(**{**case, "engines": [Measured(**e) for e in case["engines"]]}) for case in run.pop("cases")]
+        runs.append(Run(**run, cases=cases))
+    return runs

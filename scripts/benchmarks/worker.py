@@ -1,0 +1,109 @@
+"""The process that measures, with one number of threads and one instruction set."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Iterable
+from typing import Any
+
+ISA_LIMITS = {"native": "", "avx512_vnni": "AVX512_CORE_BF16"}  # as oneDNN calls it
+QUIET = 0.3  # load average of a machine on which nothing else runs
+
+
+def isa_limit(isa: str) -> str:
+    """Return what oneDNN is told in ONEDNN_MAX_CPU_ISA, or ''."""
+    return ISA_LIMITS[isa]
+
+
+def work(options: argparse.Namespace) -> None:
+    """Measure, and write the results where the parent looks for them."""
+    import torch
+
+    prepare_process(options)
+    from benchmarks import machine
+    from benchmarks.results import Run, save
+
+    (threads,) = options.threads
+    described = machine.describe()
+    kept = {key: value for key, value in vars(options).items() if key not in ("worker", "out")}
+    run = Run(described.as_dict(), described.summary(), kept)
+    if (load := described.load_average[0]) > QUIET:
+        run.notes.append(f"Other processes were running (load average {load:.2f}): these times mean little.")
+    with torch.no_grad():
+        measure = {"linear": _linear, "model": _model}[options.command]
+        for case in measure(options, threads, run):
+            run.cases.append(case)
+            save([run], options.worker)  # each time: a long run that is broken off is not lost
+
+
+def prepare_process(options: argparse.Namespace) -> None:
+    """Set threads, instruction set and profiling, and keep qfuse out of what is not compiled with it."""
+    import torch
+
+    torch.set_num_threads(*options.threads)
+    if options.isa != "native":
+        # oneDNN is limited by the environment; Inductor and torchao ask this function.
+        torch._C._cpu._is_amx_tile_supported = lambda: False
+    if options.profile:
+        torch._inductor.config.cpp.enable_kernel_profile = True
+    import qfuse
+
+    qfuse.disable()
+
+
+def _model(options: argparse.Namespace, threads: int, run: Any) -> Iterable[Any]:
+    from benchmarks import model
+    from benchmarks.model_engines import ENGINES
+    from benchmarks.models import GROUPS
+
+    settings = model.Settings(
+        models=[name for group in options.models for name in GROUPS[group]],
+        engines=[name for name in ENGINES if not options.engines or any(part in name for part in options.engines)],
+        isa=options.isa,
+        rounds=options.rounds,
+        threads=threads,
+        profile=options.profile,
+        compiles=options.compiles,
+    )
+    if options.isa != "native":
+        run.notes.append("ONNX Runtime and OpenVINO know no such limit of the instruction set.")
+    return model.measure(settings, Say(threads))
+
+
+def _linear(options: argparse.Namespace, threads: int, run: Any) -> Iterable[Any]:
+    import torch
+
+    from benchmarks import linear
+    from benchmarks.linear_modules import Shape
+
+    shapes = tuple(Shape.parse(text) for text in options.shapes)
+    settings = linear.Settings(
+        shapes=shapes or linear.SHAPES,
+        modes=tuple(mode for mode in linear.MODES if getattr(options, mode)) or linear.MODES,
+        # of shapes that were asked for, those of one row
+        decode=options.decode and (not shapes or any(s.m == 1 for s in shapes)),
+        layers=options.layers,
+        dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype],
+        gelu=options.gelu,
+        amx=options.isa == "native",
+        rounds=options.rounds,
+        threads=threads,
+        memory_bytes=options.memory * 2**20,
+        profile=options.profile,
+    )
+    run.notes += linear.notes(settings)
+    return linear.measure(settings, Say(threads))
+
+
+@dataclasses.dataclass
+class Say:
+    """Prints what is done, and when."""
+
+    threads: int
+    start: float = dataclasses.field(default_factory=time.perf_counter)
+
+    def __call__(self, line: str) -> None:
+        """Print one line."""
+        print(f"[{time.perf_counter() - self.start:6.1f} s, {self.threads} threads] {line}", flush=True)

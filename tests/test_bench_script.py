@@ -1,0 +1,95 @@
+"""`scripts/bench` at sizes that take no time: that it measures, not what it measures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qfuse.lowerings import INT8_LINEAR
+
+
+@pytest.fixture(autouse=True)
+def _scripts(monkeypatch: pytest.MonkeyPatch, request: Any) -> None:
+    monkeypatch.syspath_prepend(request.config.rootpath / "scripts")
+
+
+def test_probes() -> None:
+    from benchmarks.probes import Peak, Reads
+
+    has = torch.cpu.get_capabilities()
+    for name, flags in (("vnni", ("avx512_vnni", "avx_vnni")), ("amx", ("amx_int8",))):
+        peak = Peak(name, 1)
+        assert not peak.available or any(has.get(flag) for flag in flags)
+        if peak.available:
+            assert 1e9 < peak.measure() < 1e14
+    assert 1e7 < Reads(1 << 22, 1).measure() < 1e13
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_linear(dtype: torch.dtype, tmp_path: Path) -> None:
+    from benchmarks.linear import Settings, measure, notes
+    from benchmarks.linear_modules import Shape
+    from benchmarks.plot import plot
+    from benchmarks.report import linear_tables
+    from benchmarks.results import BF16, STOCK, Run, load, save
+
+    shapes = (Shape(8, 64, 48), Shape(1, 64, 64))
+    settings = Settings(shapes, layers=2, dtype=dtype, rounds=2, threads=1, memory_bytes=1 << 20)
+    run = Run({}, "a machine", {}, list(measure(settings)), notes(settings))
+    assert [(case.title, case.mode) for case in run.cases] == [
+        ("8×64×48", "quantized"),
+        ("8×64×48", "dynamic"),
+        ("2 × (1×64×64)", "decode, quantized"),
+        ("2 × (1×64×64)", "decode, dynamic"),
+    ]
+    for case in run.cases:
+        names = [f"int8, qfuse {provider.name}" for provider in INT8_LINEAR["cpu"]]
+        assert [engine.engine for engine in case.engines] == [*names, STOCK, BF16]
+        for engine in case.engines:
+            assert engine.absent or (len(engine.seconds) == 2 and engine.error is not None and engine.error < 0.05)
+        assert case.ran(STOCK)
+    save([run], tmp_path / "linear.json")
+    assert load(tmp_path / "linear.json") == [run]
+    assert [table.row_count for table in linear_tables(run.cases)] == [len(names) + 3] * 4
+    plot(run.cases, run.summary, tmp_path / "linear.svg")
+    assert (tmp_path / "linear.svg").stat().st_size
+
+
+def test_decode_continues_prefill() -> None:
+    """The step at the last position computes what prefill computes there."""
+    from benchmarks.decoder import Decoder, Prefill, Size, Step
+
+    size = Size(hidden=64, intermediate=96, layers=2, heads=4, kv_heads=2, vocabulary=64, positions=16)
+    decoder = Decoder(size)
+    ids = torch.randint(size.vocabulary, (1, size.positions))
+    _, *past = decoder.run(ids[:, :-1], 0, ())
+    torch.testing.assert_close(Step(decoder)(ids[:, -1:], *past)[0], Prefill(decoder)(ids)[0][:, -1:])
+
+
+def test_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    import dataclasses
+
+    from benchmarks.model import Settings, measure
+    from benchmarks.model_engines import ENGINES
+    from benchmarks.report import model_tables
+
+    monkeypatch.setitem(ENGINES, "absent", dataclasses.replace(ENGINES["int8, eager"], packages=("no-such-package",)))
+    # "failing" is not known to the process that should run it.
+    monkeypatch.setitem(ENGINES, "failing", ENGINES["int8, eager"])
+    engines = ("absent", "failing", "int8, eager", "int8, qfuse")
+    (case,) = measure(Settings(["tiny-bert"], engines, rounds=2))
+    absent, failing, eager, fused = case.engines
+    assert absent.absent == "not installed: no-such-package"
+    assert "failing" in failing.absent
+    for engine in (eager, fused):
+        assert engine.error is not None
+        assert engine.error < 0.1
+    assert eager.absent == "not timed"
+    assert len(fused.seconds) == 2
+    assert fused.note.startswith("6 of 6 fused: ")
+    assert len(fused.compile_seconds) == 1
+    (table,) = model_tables([case])
+    assert table.row_count == 4
