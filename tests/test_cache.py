@@ -14,6 +14,7 @@ from torch._inductor.utils import fresh_cache
 
 import qfuse
 from qfuse.fusion_pass import FUSION_PASS
+from qfuse.isa import Isa
 
 _CODE = """
 import torch, qfuse
@@ -80,8 +81,12 @@ def test_options_are_part_of_the_key() -> None:
 
 def test_instruction_set_is_part_of_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     key = FUSION_PASS.uuid()
-    monkeypatch.setattr("qfuse.fusion_pass.cpu_isa", lambda: qfuse.isa.Isa.AMX)
-    assert FUSION_PASS.uuid() != key
+    keys = set()
+    for isa in Isa:
+        monkeypatch.setattr("qfuse.fusion_pass.cpu_isa", lambda isa=isa: isa)
+        keys.add(FUSION_PASS.uuid())
+    assert len(keys) == len(Isa)
+    assert key in keys
 
 
 def test_same_shape_other_weights_in_one_process() -> None:
