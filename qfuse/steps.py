@@ -21,6 +21,7 @@ from qfuse.compensation import is_column_shaped, zero_point_of
 from qfuse.constants import Constants, is_zero
 from qfuse.inductor import fake_value
 from qfuse.normal_form import (
+    FLOATS,
     MINUS_ONE,
     PERMUTES,
     RESHAPES,
@@ -36,7 +37,8 @@ from qfuse.reasons import Decline
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+_FLOAT32 = torch.finfo(torch.float32)
 
 
 class Step(abc.ABC):
@@ -133,7 +135,7 @@ class Multiply(Step):
         """See `Step.apply`."""
         other = _other_operand(form, node, node.args[:2])
         scale = other if isinstance(other, Decline) else _as_product(form, node, other, "scale")
-        return scale if isinstance(scale, Decline) else form.scaled(scale, node)
+        return scale if isinstance(scale, Decline) else _scaled(form, scale, node)
 
 
 class Divide(Step):
@@ -149,7 +151,7 @@ class Divide(Step):
         scale = _as_product(form, node, divisor, "divisor")
         if isinstance(scale, Decline):
             return scale
-        return form.scaled(tuple(replace(factor, inverse=True) for factor in scale), node)
+        return _scaled(form, tuple(replace(factor, inverse=True) for factor in scale), node)
 
 
 class Negate(Step):
@@ -265,6 +267,17 @@ def _as_product(form: QLinear, node: Node, operand: object, what: str) -> Produc
     shape = tuple(fake_value(operand).shape) if isinstance(operand, Node) else ()
     against = tuple(fake_value(form.value).shape)
     return Decline(f"the {what} of shape {shape} varies over neither rows nor columns of {against}", node)
+
+
+def _scaled(form: QLinear, product: Product, node: Node) -> QLinear | Decline:
+    """Multiply by a product, unless the numbers in it and before it, which are multiplied first, leave float32."""
+    numbers = 1.0
+    for factor in (*form.scales, *product):
+        if isinstance(factor.operand, int | float) and factor.operand:
+            numbers = numbers / factor.operand if factor.inverse else numbers * factor.operand
+    if not _FLOAT32.tiny <= abs(numbers) <= _FLOAT32.max:
+        return Decline(f"the numbers that scale the result multiply to {numbers}, outside of float32", node)
+    return form.scaled(product, node)
 
 
 def _plus(form: QLinear, offset: Product, node: Node, constants: Constants) -> QLinear:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unittest.mock
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch.nn import functional as F
 
 import qfuse
+from qfuse.isa import Isa
 from qfuse.records import recording
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -112,7 +114,9 @@ def test_shared_activation_and_tied_weight() -> None:
     with fresh_cache():
         result, (*_, code) = run_and_get_code(torch.compile(model), x)
     assert_no_worse(result, model, x)
-    activations, weights = zip(*re.findall(r"qfuse_onednn_int8_matmul\((\w+), (\w+),", code), strict=True)
+    view = r"(?:, \([^)]*\), \([^)]*\), \d+\))?"  # with AMX the activation is a view of what the graph quantized
+    call = rf"qfuse_onednn_int8_matmul\((?:reinterpret_tensor\()?(\w+){view}, (\w+),"
+    activations, weights = zip(*re.findall(call, code), strict=True)
     assert len(activations) == 3
     assert len(set(activations)) == 1  # quantized once
     assert len(set(weights)) == 2  # the tied pair has one packed weight
@@ -120,7 +124,9 @@ def test_shared_activation_and_tied_weight() -> None:
 
 
 def _ops(model: Written) -> str:
-    traced = trace(model, *model.inputs(2, 5))
+    # elsewhere the activation has another signedness, and the graph a conversion more or less
+    with unittest.mock.patch("qfuse.problem.cpu_isa", return_value=Isa.AVX512_VNNI):
+        traced = trace(model, *model.inputs(2, 5))
     return "\n".join(["before:", *traced.before, "", "after:", *traced.after])
 
 
@@ -382,6 +388,14 @@ NEGATIVES: dict[str, tuple[Callable[..., Any], str]] = {
         lambda s, q, xs: _accumulator(s, q).float() * (xs * s.ws + 1),
         "varies over neither rows nor columns",
     ),
+    "integer product that wraps around": (
+        lambda s, q, xs: _accumulator(s, q).float() * (q[:, :1] * s.w[:, 0]),
+        "varies over neither rows nor columns",
+    ),
+    "integer negative that wraps around": (
+        lambda s, q, xs: _accumulator(s, q).float() * -((q[:, :1] | -128) & -128).expand(-1, s.n),
+        "varies over neither rows nor columns",
+    ),
     "scale that adds a dimension": (
         lambda s, q, xs: _accumulator(s, q).float() * s.ws.view(1, 1, -1).expand(2, 1, -1),
         "changes the shape",
@@ -444,6 +458,14 @@ PARTIAL: dict[str, tuple[Callable[..., Any], list[str]]] = {
     ),
     "negative zero point": (lambda s, q, xs: (_accumulator(s, q) - -s.w.int().sum(1).int()).float() * xs, []),
     "numbers for scales": (lambda s, q, xs: _accumulator(s, q).float() * 0.25 * s.ws + 1.5, []),
+    "numbers whose product underflows": (
+        lambda s, q, xs: _accumulator(s, q).float() * 1e-20 * 1e-20 * (xs * 1e20) * 1e20,
+        ["mul.Tensor"] * 4,
+    ),
+    "numbers whose product overflows": (
+        lambda s, q, xs: _accumulator(s, q).float() * (s.ws * 1e-20) * 1e20 * 1e20,
+        ["mul.Tensor"],
+    ),
     "two scales a column": (lambda s, q, xs: _accumulator(s, q).float() * s.ws * s.ws[0] * (s.ws + 1) * xs, []),
     "scales multiplied with each other": (lambda s, q, xs: _accumulator(s, q).float() * (xs * s.ws), []),
     "scale times the whole": (lambda s, q, xs: _accumulator(s, q) * (xs * (s.ws * 2)).to(torch.bfloat16), []),
@@ -696,6 +718,11 @@ EMULATED_NEGATIVES: dict[str, tuple[Callable[..., Any], str]] = {
         lambda s, q, xs: F.linear(q.float() * xs, (s.w.float() - (s.b.view(-1, 1).round() + 100)) * 0.1),
         "the weight has zero points",
     ),
+    "rounded to float8": (
+        lambda s, q, xs: F.linear((q & 15).to(torch.float8_e4m3fn).float() * xs, _w(s)),
+        "the activation is not",
+    ),
+    "in float64": (lambda s, q, xs: F.linear(q.double() * xs, _w(s).double()), "computed in float64"),
     "addmm with beta": (
         lambda s, q, xs: torch.addmm(s.b, q.float() * xs, _w(s).t(), beta=2),
         "factors (alpha, beta)",
@@ -743,6 +770,14 @@ def test_integer_matmul_of_a_frozen_weight() -> None:
     result, report = compile_and_run(model, *inputs)
     assert len(report.misses) == 1
     assert torch.equal(result, model(*inputs))
+
+
+def test_emulated_matmul_of_one_column() -> None:
+    model = Hostile(lambda s, q, xs: F.linear(q.float() * xs, _w(s), s.b), n=1)
+    inputs = model.inputs(7)
+    traced = trace(model, *inputs)
+    assert [m.pattern for m in traced.report.matches] == ["int8.dynamic_per_token"], traced.report
+    assert_no_worse(traced.result, model, *inputs)
 
 
 def test_int_scaled_matmul() -> None:
