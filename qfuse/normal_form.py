@@ -177,8 +177,15 @@ def equal(a: Dim, b: Dim) -> bool:
     return statically_known_true(a == b)
 
 
+def is_tensor(operand: object) -> bool:
+    """Tell whether `operand` is a tensor of the graph, and no number, which may be a node as well: a symbolic one."""
+    return isinstance(operand, Node) and isinstance(fake_value(operand), torch.Tensor)
+
+
 def same_shape(a: Node, b: Node) -> bool:
-    """Tell whether two nodes have equal shapes for every input."""
+    """Tell whether two nodes are tensors that have equal shapes for every input."""
+    if not is_tensor(a) or not is_tensor(b):
+        return False
     p, q = fake_value(a).shape, fake_value(b).shape
     return len(p) == len(q) and all(map(equal, p, q))
 

@@ -29,6 +29,7 @@ from qfuse.normal_form import (
     Product,
     QLinear,
     Range,
+    is_tensor,
     product_of,
     reshaped_input,
     same_shape,
@@ -250,8 +251,8 @@ def _other_operand(form: QLinear, node: Node, operands: Iterable[object]) -> obj
 
 def _as_product(form: QLinear, node: Node, operand: object, what: str) -> Product | Decline:
     """Read an operand as a product of factors, against the current value."""
-    if not isinstance(operand, Node | int | float):
-        return Decline(f"the {what} is no tensor and no number", node)
+    if not isinstance(operand, Node | int | float) or (isinstance(operand, Node) and not is_tensor(operand)):
+        return Decline(f"the {what} is no tensor and no number that is known", node)
     if not fake_value(node).dtype.is_floating_point:
         return Decline(f"combined with an integer {what} before the conversion to float", node)
     if fake_value(node).dtype not in FLOATS:
@@ -289,7 +290,7 @@ def _plus(form: QLinear, offset: Product, node: Node, constants: Constants) -> Q
 
 def _corrected(form: QLinear, node: Node, correction: object, sign: int, constants: Constants) -> QLinear | Decline:
     """Read acc − sign · correction, in integers, as a matmul whose activation has a zero point."""
-    if not isinstance(correction, Node):
+    if not isinstance(correction, Node) or not is_tensor(correction):
         return Decline("a number is subtracted from the accumulator, or added to it", node)
     if not same_shape(node, form.value):
         return Decline(f"the correction changes the shape to {tuple(fake_value(node).shape)}", node)

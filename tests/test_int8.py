@@ -734,6 +734,26 @@ EMULATED_NEGATIVES: dict[str, tuple[Callable[..., Any], str]] = {
 }
 
 
+SYMBOLIC: dict[str, Callable[..., Any]] = {
+    "scaled": lambda s, q, xs: _accumulator(s, q).float() * xs * s.ws * q.shape[0],
+    "emulated": lambda s, q, xs: F.linear(q.float() * q.shape[0] * xs, _w(s)),
+    "subtracted from the accumulator": lambda s, q, xs: (_accumulator(s, q) - q.shape[0]).float() * xs * s.ws,
+}
+
+
+@pytest.mark.parametrize("name", SYMBOLIC)
+def test_symbolic_numbers(name: str) -> None:
+    """They are not known when the graph is matched: what comes before them is fused."""
+    model = Hostile(SYMBOLIC[name])
+    inputs = model.inputs(7)
+    for tensor in inputs:
+        torch._dynamo.mark_dynamic(tensor, 0)
+    traced = trace(model, *inputs)
+    assert len(traced.report.matches) == (name == "scaled"), traced.report
+    assert not any("internal error" in miss.reason for miss in traced.report.misses), traced.report
+    assert_no_worse(traced.result, model, *inputs)
+
+
 @pytest.mark.parametrize("name", EMULATED_NEGATIVES)
 def test_emulated_declines(name: str) -> None:
     forward, reason = EMULATED_NEGATIVES[name]
