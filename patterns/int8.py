@@ -88,6 +88,8 @@ class EmulatedMM(Anchor):
             return Decline("the weight has zero points", node)
         if node.kwargs:
             return Decline("addmm with factors (alpha, beta)", node)
+        if fake_value(node).dtype is torch.float64:
+            return Decline("computed in float64, which the fused op does not do", node)
         form = _checked(QLinear(node, node, activation.q, activation.dtype, w.q, k_axis))
         if isinstance(form, Decline):
             return form
@@ -140,6 +142,8 @@ def _matrix_below(node: Node) -> tuple[Node, bool] | None:
     inner = node.args[0] if node.args else None
     if not isinstance(inner, Node):
         return None
+    if transposed_input(node) is not None:
+        return inner, True  # whatever the sizes are
     before, after = (_extents(n) for n in (inner, node))
     if len(before) != 2 or len(after) != 2:
         return None  # a dimension of size one, or a third one: which is which is not known

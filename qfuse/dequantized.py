@@ -15,11 +15,11 @@ from torch.fx import Node
 
 from qfuse.constants import Constants
 from qfuse.inductor import fake_value, real_tensors
-from qfuse.normal_form import Axis, Factor, Product, equal, product_of, reshaped_input, same_shape
+from qfuse.normal_form import WIDE_FLOATS, Axis, Factor, Product, equal, product_of, reshaped_input, same_shape
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
-#: The most that every float dtype holds as exact integers.
+#: The most that every float dtype of `WIDE_FLOATS` holds as exact integers.
 _EXACT = 256
 
 
@@ -99,7 +99,7 @@ def _factors(operand: object, inner: object, node: Node, axis: Axis) -> Product 
 
 def _widens(inner: Node, node: Node) -> bool:
     """Tell whether a conversion changes no integer of at most 8 bits (and, of scaled values, only the rounding)."""
-    return fake_value(node).dtype.is_floating_point or (
+    return fake_value(node).dtype in WIDE_FLOATS or (
         fake_value(node).dtype in (torch.int16, torch.int32, torch.int64) and not fake_value(inner).is_floating_point()
     )
 
@@ -161,7 +161,7 @@ def _interval(node: object, depth: int = 16) -> _Interval:
             return _interval(inner, depth - 1).clamped(None, high)
         case aten.clamp.default, (inner, *bounds):
             return _interval(inner, depth - 1).clamped(*bounds, *[None] * (2 - len(bounds)))
-        case prims.convert_element_type.default, (inner, _) if dtype.is_floating_point:
+        case prims.convert_element_type.default, (inner, _) if dtype in WIDE_FLOATS:
             of = _interval(inner, depth - 1)
             narrows = isinstance(inner, Node) and dtype.itemsize < fake_value(inner).dtype.itemsize
             return _Interval() if narrows and (of.low < -_EXACT or of.high > _EXACT) else of

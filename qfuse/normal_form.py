@@ -24,6 +24,12 @@ aten, prims = torch.ops.aten, torch.ops.prims
 
 Dim = int | torch.SymInt
 
+#: What the fused op can return.
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+#: Floats that hold every 8-bit integer, and whose rounding is rounding: float8 is a quantization of its own.
+WIDE_FLOATS = (*FLOATS, torch.float64)
+
 
 class ColumnSums:
     """Σk w[n, k], as an operand: [N]."""
@@ -129,7 +135,7 @@ class QLinear:
     @property
     def is_complete(self) -> bool:
         """Whether this is a dequantized result, and not an intermediate of one."""
-        return self.dtype.is_floating_point and bool(self.scales)
+        return self.dtype in FLOATS and bool(self.scales)
 
     @property
     def is_asymmetric(self) -> bool:
@@ -171,8 +177,15 @@ def equal(a: Dim, b: Dim) -> bool:
     return statically_known_true(a == b)
 
 
+def is_tensor(operand: object) -> bool:
+    """Tell whether `operand` is a tensor of the graph, and no number, which may be a node as well: a symbolic one."""
+    return isinstance(operand, Node) and isinstance(fake_value(operand), torch.Tensor)
+
+
 def same_shape(a: Node, b: Node) -> bool:
-    """Tell whether two nodes have equal shapes for every input."""
+    """Tell whether two nodes are tensors that have equal shapes for every input."""
+    if not is_tensor(a) or not is_tensor(b):
+        return False
     p, q = fake_value(a).shape, fake_value(b).shape
     return len(p) == len(q) and all(map(equal, p, q))
 
@@ -214,7 +227,8 @@ def unexpanded(operand: Operand) -> Operand:
 def product_of(operand: Operand, value: Node) -> Product | None:
     """Read `operand`, broadcast against `value`, as a product of factors of rows, of columns and of neither.
 
-    Conversions of the whole product are looked through: their rounding is not done.
+    Conversions of the whole product are looked through: their rounding is not done. Products of integers are not, for
+    they may wrap around.
     """
     if isinstance(operand, Node) and not isinstance(fake_value(operand), torch.Tensor):
         return None  # a symbolic number
@@ -223,8 +237,10 @@ def product_of(operand: Operand, value: Node) -> Product | None:
             return (Factor(candidate, axis),)
     operand = unexpanded(operand)
     assert isinstance(operand, Node)
+    if fake_value(operand).dtype not in WIDE_FLOATS:
+        return None
     match operand.target, operand.args:
-        case prims.convert_element_type.default, (Node() as inner, _) if fake_value(operand).dtype.is_floating_point:
+        case prims.convert_element_type.default, (Node() as inner, _):
             return product_of(inner, value)
         case aten.neg.default, (Node() as inner,):
             negated = product_of(inner, value)

@@ -21,6 +21,7 @@ from qfuse.compensation import is_column_shaped, zero_point_of
 from qfuse.constants import Constants, is_zero
 from qfuse.inductor import fake_value
 from qfuse.normal_form import (
+    FLOATS,
     MINUS_ONE,
     PERMUTES,
     RESHAPES,
@@ -28,6 +29,7 @@ from qfuse.normal_form import (
     Product,
     QLinear,
     Range,
+    is_tensor,
     product_of,
     reshaped_input,
     same_shape,
@@ -36,7 +38,8 @@ from qfuse.reasons import Decline
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+_FLOAT32 = torch.finfo(torch.float32)
 
 
 class Step(abc.ABC):
@@ -133,7 +136,7 @@ class Multiply(Step):
         """See `Step.apply`."""
         other = _other_operand(form, node, node.args[:2])
         scale = other if isinstance(other, Decline) else _as_product(form, node, other, "scale")
-        return scale if isinstance(scale, Decline) else form.scaled(scale, node)
+        return scale if isinstance(scale, Decline) else _scaled(form, scale, node)
 
 
 class Divide(Step):
@@ -149,7 +152,7 @@ class Divide(Step):
         scale = _as_product(form, node, divisor, "divisor")
         if isinstance(scale, Decline):
             return scale
-        return form.scaled(tuple(replace(factor, inverse=True) for factor in scale), node)
+        return _scaled(form, tuple(replace(factor, inverse=True) for factor in scale), node)
 
 
 class Negate(Step):
@@ -248,8 +251,8 @@ def _other_operand(form: QLinear, node: Node, operands: Iterable[object]) -> obj
 
 def _as_product(form: QLinear, node: Node, operand: object, what: str) -> Product | Decline:
     """Read an operand as a product of factors, against the current value."""
-    if not isinstance(operand, Node | int | float):
-        return Decline(f"the {what} is no tensor and no number", node)
+    if not isinstance(operand, Node | int | float) or (isinstance(operand, Node) and not is_tensor(operand)):
+        return Decline(f"the {what} is no tensor and no number that is known", node)
     if not fake_value(node).dtype.is_floating_point:
         return Decline(f"combined with an integer {what} before the conversion to float", node)
     if fake_value(node).dtype not in FLOATS:
@@ -267,6 +270,17 @@ def _as_product(form: QLinear, node: Node, operand: object, what: str) -> Produc
     return Decline(f"the {what} of shape {shape} varies over neither rows nor columns of {against}", node)
 
 
+def _scaled(form: QLinear, product: Product, node: Node) -> QLinear | Decline:
+    """Multiply by a product, unless the numbers in it and before it, which are multiplied first, leave float32."""
+    numbers = 1.0
+    for factor in (*form.scales, *product):
+        if isinstance(factor.operand, int | float) and factor.operand:
+            numbers = numbers / factor.operand if factor.inverse else numbers * factor.operand
+    if not _FLOAT32.tiny <= abs(numbers) <= _FLOAT32.max:
+        return Decline(f"the numbers that scale the result multiply to {numbers}, outside of float32", node)
+    return form.scaled(product, node)
+
+
 def _plus(form: QLinear, offset: Product, node: Node, constants: Constants) -> QLinear:
     """Add an offset, unless it is zero: producers remove zero points that are not there."""
     if any(is_zero(factor.operand, constants) for factor in offset):
@@ -276,7 +290,7 @@ def _plus(form: QLinear, offset: Product, node: Node, constants: Constants) -> Q
 
 def _corrected(form: QLinear, node: Node, correction: object, sign: int, constants: Constants) -> QLinear | Decline:
     """Read acc − sign · correction, in integers, as a matmul whose activation has a zero point."""
-    if not isinstance(correction, Node):
+    if not isinstance(correction, Node) or not is_tensor(correction):
         return Decline("a number is subtracted from the accumulator, or added to it", node)
     if not same_shape(node, form.value):
         return Decline(f"the correction changes the shape to {tuple(fake_value(node).shape)}", node)

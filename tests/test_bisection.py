@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch._inductor.compiler_bisector import CompilerBisector
 
 import qfuse
-from qfuse.lowerings import by_name
+from qfuse.lowerings.call import Int8LinearCall
+from qfuse.lowerings.cpp import Cpp
 
 
 class Three(nn.Module):
@@ -47,7 +48,7 @@ def test_environment() -> None:
             assert not qfuse.explain(model, *model.layers[0].inputs(7)).matches
         assert row.lowering == "aten"
     """
-    run_python(code, QFUSE_FUSION_LIMIT="2", QFUSE_DISABLED_LOWERINGS="onednn, none")
+    run_python(code, QFUSE_FUSION_LIMIT="2", QFUSE_DISABLED_LOWERINGS="cpp, onednn, none")
 
 
 def test_unknown_names_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,17 +67,17 @@ def test_compiler_bisector(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Three()
     (x,) = model.layers[0].inputs(7)
     expected = model(x)
-    original = type(by_name("onednn")).matmul
-    weights: list[object] = []
+    original = Cpp.lower
+    second = torch.ops.qfuse.pack_int8_weight(model.layers[1].linear.weight.qdata)
+    seen: list[bool] = []
 
-    def broken(self: object, *args: object) -> object:
-        result = original(self, *args)
-        weights.append(args[1])
-        name = torch._inductor.virtualized.V.graph.constants[args[1].get_name()]
-        is_second = torch.equal(name, model.layers[1].linear.weight.qdata)
-        return torch._inductor.lowering.lowerings[torch.ops.aten.mul.Tensor](result, 2.0) if is_second else result
+    def broken(self: Cpp, call: Int8LinearCall) -> object:
+        weight = torch._inductor.virtualized.V.graph.constants[call.weight.get_name()]
+        seen.append(torch.equal(weight, second))
+        result = original(self, call)
+        return torch._inductor.lowering.lowerings[torch.ops.aten.mul.Tensor](result, 2.0) if seen[-1] else result
 
-    monkeypatch.setattr(type(by_name("onednn")), "matmul", broken)
+    monkeypatch.setattr(Cpp, "lower", broken)
 
     def is_right() -> bool:
         torch._dynamo.reset()
@@ -84,9 +85,9 @@ def test_compiler_bisector(monkeypatch: pytest.MonkeyPatch) -> None:
         results = torch.compile(model)(x)
         return all(torch.allclose(r, e, atol=1e-3) for r, e in zip(results, expected, strict=True))
 
-    with qfuse.config.patch(verify=False):  # it would find the fusion at once
+    with qfuse.config.patch(verify=False, group_linears=False):  # verifying would find the fusion at once
         found = CompilerBisector.do_bisect(is_right)
-    assert weights
+    assert any(seen)
     assert found is not None
     assert "qfuse: int8.dynamic_per_token layers.1.linear" in str(found.debug_info)
 
@@ -95,14 +96,14 @@ def test_verification_catches_a_broken_lowering(monkeypatch: pytest.MonkeyPatch)
     model = Three()
     (x,) = model.layers[0].inputs(7)
     expected = model(x)
-    original = type(by_name("onednn")).matmul
+    original = Cpp.lower
 
-    def broken(self: object, *args: object) -> object:
-        return torch._inductor.lowering.lowerings[torch.ops.aten.mul.Tensor](original(self, *args), 1.001)
+    def broken(self: Cpp, call: Int8LinearCall) -> object:
+        return torch._inductor.lowering.lowerings[torch.ops.aten.mul.Tensor](original(self, call), 1.001)
 
     with qfuse.config.patch(verify=True):
         assert len(trace(model, x).report.matches) == 3
-        monkeypatch.setattr(type(by_name("onednn")), "matmul", broken)
+        monkeypatch.setattr(Cpp, "lower", broken)
         report = trace(model, x).report
         assert not report.matches
         assert all("verification failed" in miss.reason for miss in report.misses)

@@ -14,6 +14,7 @@ from torch._inductor.utils import fresh_cache
 
 import qfuse
 from qfuse.fusion_pass import FUSION_PASS
+from qfuse.isa import Isa
 
 _CODE = """
 import torch, qfuse
@@ -44,7 +45,7 @@ def test_across_processes(tmp_path: Path) -> None:
     # the same graph with other weights: the compiled code is shared, what is packed in it is not
     assert _run(tmp_path, seed=1) == f"1 0 {FUSED}"
     # other options, other code
-    assert _run(tmp_path, 'qfuse.config.disabled_lowerings = ["onednn"]') == f"0 0 {FUSED}"
+    assert _run(tmp_path, 'qfuse.config.disabled_lowerings = ["cpp"]') == f"0 0 {FUSED}"
     assert _run(tmp_path, QFUSE="0") == "0 0 {}"
 
 
@@ -64,11 +65,11 @@ def test_changed_source_is_another_key(tmp_path: Path) -> None:
         return key
 
     keys = [uuid(), uuid()]
-    for file in ("lowerings/onednn.py", "patterns/int8.py", "steps.py"):
+    for file in ("lowerings/onednn.py", "lowerings/cpp/linear.cpp.jinja", "patterns/int8.py", "steps.py"):
         (package / file).write_text((package / file).read_text() + "\n")
         keys.append(uuid())
     assert keys[0] == keys[1]
-    assert len(set(keys)) == 4
+    assert len(set(keys)) == 5
 
 
 def test_options_are_part_of_the_key() -> None:
@@ -80,8 +81,12 @@ def test_options_are_part_of_the_key() -> None:
 
 def test_instruction_set_is_part_of_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     key = FUSION_PASS.uuid()
-    monkeypatch.setattr("qfuse.fusion_pass.cpu_isa", lambda: qfuse.isa.Isa.AMX)
-    assert FUSION_PASS.uuid() != key
+    keys = set()
+    for isa in Isa:
+        monkeypatch.setattr("qfuse.fusion_pass.cpu_isa", lambda isa=isa: isa)
+        keys.add(FUSION_PASS.uuid())
+    assert len(keys) == len(Isa)
+    assert key in keys
 
 
 def test_same_shape_other_weights_in_one_process() -> None:

@@ -38,8 +38,8 @@ extern "C" void run(const uint8_t* x, int64_t stride, const float* x_scale, int6
     std::copy_n(w_scale, 64, panel.scale);
     constexpr int64_t most = qfuse::{class_name}::max_rows;
     for (int64_t i = 0; i < rows; i += most)
-        microkernel({{x + i * stride, stride, x_scale + i * scale_stride, scale_stride, std::min(most, rows - i)}}, panel,
-                    out + 64 * i);
+        microkernel({{x + i * stride, stride, x_scale + i * scale_stride, scale_stride, std::min(most, rows - i)}},
+                    panel, out + 64 * i);
 }}
 """
 

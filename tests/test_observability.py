@@ -31,7 +31,7 @@ class Block(nn.Module):
 def test_explain() -> None:
     report = qfuse.explain(Block(), torch.randn(7, 64))
     (match,), (miss,) = report.matches, report.misses
-    assert (match.pattern, match.lowering, match.shape) == ("int8.dynamic_per_token", "onednn", "7×64×48")
+    assert (match.pattern, match.lowering, match.shape) == ("int8.dynamic_per_token", "cpp", "7×64×48")
     assert match.dtypes == "uint8 → float32"
     assert match.module == "layers.0.linear"
     assert re.search(r"producers\.py:\d+$", match.source)
@@ -135,7 +135,7 @@ def test_torch_logs() -> None:
     assert "stopped at" not in info
     assert "stopped at" in _log("+qfuse")
     table = _log("qfuse_matches")
-    assert "│ int8.dynamic_per_token │ onednn" in table
+    assert "│ int8.dynamic_per_token │ cpp" in table
     assert "not fused: " not in table
 
 

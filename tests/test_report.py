@@ -35,7 +35,7 @@ MISS = Miss(
 )
 MATCH = Match(
     pattern="int8.dynamic_per_token",
-    lowering="onednn",
+    lowering="cpp",
     shape="1024×4096×4096",
     dtypes="uint8 → bfloat16",
     module="model.layers.0.self_attn.q_proj",
@@ -109,9 +109,9 @@ def test_hints_without_a_lowering() -> None:
     with qfuse.config.patch(disabled_patterns=["int8.dynamic_per_token"]):
         (miss,) = qfuse.explain(model, *model.inputs(7)).misses
     assert "qfuse.config.disabled_patterns" in miss.hint
-    with qfuse.config.patch(disabled_lowerings=["onednn", "aten"]):
+    with qfuse.config.patch(disabled_lowerings=["cpp", "onednn", "aten"]):
         (miss,) = qfuse.explain(model, *model.inputs(7)).misses
-    assert miss.hint == "take onednn, aten out of qfuse.config.disabled_lowerings"
+    assert miss.hint == "take cpp, onednn, aten out of qfuse.config.disabled_lowerings"
     with torch._inductor.config.patch(freezing=False):
         (miss,) = qfuse.explain(model, *model.inputs(7)).misses
     assert "leave freezing on" in miss.hint
