@@ -157,6 +157,7 @@ aten.reshape.default
 prims.convert_element_type.default
 prims.convert_element_type.default
 prims.convert_element_type.default
+qfuse.pack_int8_weight.default
 qfuse.int8_linear.default
 aten.view.default""",
     )
@@ -191,6 +192,7 @@ aten.reshape.default
 prims.convert_element_type.default
 prims.convert_element_type.default
 prims.convert_element_type.default
+qfuse.pack_int8_weight.default
 qfuse.int8_linear.default
 aten.view.default""",
     )
@@ -231,6 +233,7 @@ aten.view.default
 qfuse.pack_column_sums.default
 aten.reshape.default
 prims.convert_element_type.default
+qfuse.pack_int8_weight.default
 qfuse.int8_linear.default
 aten.view.default""",
     )
@@ -264,6 +267,7 @@ aten.add.Tensor
 prims.convert_element_type.default
 aten.reshape.default
 prims.convert_element_type.default
+qfuse.pack_int8_weight.default
 qfuse.int8_linear.default
 aten.view.default""",
     )
@@ -293,6 +297,7 @@ aten.add.Tensor
 prims.convert_element_type.default
 aten.reshape.default
 aten.reshape.default
+qfuse.pack_int8_weight.default
 qfuse.int8_linear.default
 aten.view.default""",
     )
@@ -322,6 +327,7 @@ aten.add.Tensor
 prims.convert_element_type.default
 aten.reshape.default
 aten.reshape.default
+qfuse.pack_int8_weight.default
 qfuse.int8_linear.default
 aten.view.default""",
     )
