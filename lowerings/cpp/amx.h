@@ -73,6 +73,8 @@ class Amx {
             config.bytes[tile] = 64;
             config.rows[tile] = by_tile[second > 0][tile];
         }
+        // GCC 12 believes that the next reads 8 of the 64 bytes, and may leave out what sets the others.
+        __asm__ volatile("" : "+m"(config));
         _tile_loadconfig(&config);
         configured_ = rows;
     }

@@ -88,8 +88,11 @@ class Int8LinearTemplate(CppTemplate):
             y_2d, reindexers = gen_2d_view_of_epilogue_buf(
                 y, output, epilogue_nodes, reindexers, default_reindexers=[None] * len(epilogue_nodes)
             )
-        x, _, _, x_scale, w_scale, *others = self.input_nodes
+        x, weight, column_sums, x_scale, w_scale, *others = self.input_nodes
         names = ["x", "weight", "column_sums", "x_scale", "w_scale", *(f"other{i}" for i in range(len(others)))]
+        inputs: dict[str, tuple[str, ir.IRNode]] = {}  # by buffer: one that is read twice is one argument
+        for name, node in zip(names, self.input_nodes, strict=True):
+            inputs.setdefault(node.get_name(), (name, node))
         microkernel = MICROKERNELS[cpu_isa()]
         with patch.object(V.graph, "get_dtype", self._fake_get_dtype([sums, output])), fast_math(y.get_dtype()):
             return self._template_from_string(_TEXT).render(
@@ -97,8 +100,12 @@ class Int8LinearTemplate(CppTemplate):
                 kernel=kernel,
                 microkernel=microkernel,
                 vector_math=VECTOR_MATH,
-                inputs=dict(zip(names, self.input_nodes, strict=True)),
+                inputs=dict(inputs.values()),
                 x=x,
+                weight=weight,
+                column_sums=column_sums,
+                x_scale=x_scale,
+                w_scale=w_scale,
                 y=y,
                 y_2d=y_2d,
                 sums=sums,
