@@ -80,7 +80,7 @@ class OneDNN:
         )
         x, w_scale = map(ir.ExternKernel.require_contiguous, (x, w_scale))
         size = [x.get_size()[0], weight.get_size()[0]]
-        layout = ir.FixedLayout(x.get_device(), torch.float32, size)
+        layout = ir.FixedLayout(x.get_device_or_error(), torch.float32, size)
         inputs = [x, weight, column_sums, w_scale]
         y = _kernel.bind(inputs, layout, x_zero_point=call.x_zero_point).output_node()
         return call.finished(call.scaled_by_rows(y))

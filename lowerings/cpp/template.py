@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from qfuse.lowerings.call import Int8LinearCall
 from qfuse.lowerings.cpp.fast_math import VECTOR_MATH, fast_math
 from qfuse.lowerings.cpp.microkernels import MICROKERNELS
 
+_USUAL_L2_BYTES = 1 << 20
 _TEXT = (Path(__file__).parent / "linear.cpp.jinja").read_text()
 
 
@@ -39,7 +39,7 @@ def int8_linear(call: Int8LinearCall) -> ir.TensorBox:
     size = [x.get_size()[0], column_sums.get_size()[1]]
     template = Int8LinearTemplate(
         [ir.InputsKernel.unwrap_storage_for_input(t) for t in (x, weight, column_sums, x_scale, w_scale, *read_behind)],
-        ir.FixedLayout(x.get_device(), call.out_dtype, size),
+        ir.FixedLayout(x.get_device_or_error(), call.out_dtype, size),
         call,
     )
     choices: list[Any] = []
@@ -59,11 +59,10 @@ class Int8LinearTemplate(CppTemplate):
     """One fused linear. Inputs: x, packed weight, column sums, scale of rows, scale of columns, then the epilogue's."""
 
     def __init__(self, input_nodes: Sequence[ir.IRNode], layout: ir.Layout, call: Int8LinearCall) -> None:
-        creator = functools.partial(_epilogue, call)
-        super().__init__("qfuse_int8_linear", input_nodes, layout, parallel_num_threads(), creator)
-        self.x_zero_point = call.x_zero_point
+        super().__init__("qfuse_int8_linear", input_nodes, layout, parallel_num_threads())
+        self.call = call
 
-    def render(
+    def render(  # type: ignore[override]
         self,
         kernel: Any,
         template_buffer_node: Any = None,
@@ -72,13 +71,16 @@ class Int8LinearTemplate(CppTemplate):
         **kwargs: Any,
     ) -> str:
         """Return the C++ of the kernel, with `epilogue_nodes` fused into it."""
-        output = self.output_node if template_buffer_node is None else template_buffer_node
+        output: Any = self.output_node if template_buffer_node is None else template_buffer_node
         # The float32 result of the matmul exists as a block in L1 only; `store_output` redirects its loads there.
-        sums = ir.Buffer(name=f"{output.get_name()}_sums", layout=replace_dtype(output.get_layout(), torch.float32))
+        layout = output.get_layout()
+        sums_layout = ir.FixedLayout(layout.device, torch.float32, layout.size, layout.stride)
+        sums = ir.Buffer(name=f"{output.get_name()}_sums", layout=sums_layout)
         epilogues: list[Any] = [
-            ir.ComputedBuffer(name=output.get_name(), layout=output.get_layout(), data=self.epilogue_creator(sums))
+            ir.ComputedBuffer(name=output.get_name(), layout=layout, data=_epilogue(self.call, sums))
         ]
-        aliases, reindexers = {sums.get_name()}, [None]
+        aliases: set[str] = {sums.get_name()}
+        reindexers: list[Any] = [None]
         y = y_2d = output
         if epilogue_nodes:
             if not flag_template_buffer_has_other_users:
@@ -111,20 +113,15 @@ class Int8LinearTemplate(CppTemplate):
                 sums=sums,
                 n=int(output.get_size()[1]),
                 k=int(x.get_size()[1]),
-                x_zero_point=self.x_zero_point,
+                x_zero_point=self.call.x_zero_point,
                 one_x_scale=V.graph.sizevars.statically_known_equals(x_scale.get_size()[0], 1),
                 one_w_scale=V.graph.sizevars.statically_known_equals(w_scale.get_size()[0], 1),
-                l2_bytes=torch.cpu.get_capabilities()["l2_cache_size"],
+                l2_bytes=torch.cpu.get_capabilities().get("l2_cache_size", _USUAL_L2_BYTES),
                 num_threads=self.num_threads,
                 epilogues=epilogues,
                 reindexers=reindexers,
                 aliases={alias: y.get_name() for alias in aliases},
             )
-
-
-def replace_dtype(layout: ir.Layout, dtype: torch.dtype) -> ir.FixedLayout:
-    """Return a layout of the same sizes and strides."""
-    return ir.FixedLayout(layout.device, dtype, layout.size, layout.stride)
 
 
 def _epilogue(call: Int8LinearCall, sums: ir.Buffer) -> ir.Pointwise:
@@ -134,7 +131,7 @@ def _epilogue(call: Int8LinearCall, sums: ir.Buffer) -> ir.Pointwise:
         return y
     load = sums.make_loader()  # nothing to apply: a copy
     return ir.Pointwise(
-        device=sums.get_device(),
+        device=sums.get_device_or_error(),
         dtype=sums.get_dtype(),
         inner_fn=lambda index: ops.identity(load(index)),
         ranges=sums.get_size(),
