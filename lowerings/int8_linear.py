@@ -1,4 +1,4 @@
-"""The Inductor lowering of `qfuse::int8_linear`: a provider's matmul and, behind it, what no provider needs to know."""
+"""The Inductor lowerings of `qfuse::int8_linear`, by the provider that was chosen, and of the ops beside it."""
 
 from __future__ import annotations
 

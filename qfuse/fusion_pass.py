@@ -26,7 +26,7 @@ matches_log = getArtifactLogger("qfuse", "qfuse_matches")
 
 
 class FusionPass(CustomGraphPass):
-    """Runs `qfuse.fusion.fuse` on each joint graph."""
+    """Runs qfuse's passes on each joint graph: it fuses linears, their quantization, and linears with each other."""
 
     def __call__(self, graph: Graph) -> None:
         """Fuse the quantized linears of `graph` in place. Whatever goes wrong, the compile goes on without qfuse."""
@@ -39,15 +39,17 @@ class FusionPass(CustomGraphPass):
         from qfuse import fusion, grouping, quantization
 
         _load_lowerings()
-        if is_enabled():
-            report: Report | None = _observed(graph, "qfuse.fuse", fusion.fuse)
-            if report is not None:
-                _tell(report)
-            if config.fuse_quantization:
-                _observed(graph, "qfuse.quantize", quantization.fuse_quantizations)
-            if config.group_linears:
-                _observed(graph, "qfuse.group", grouping.group_linears)
-        _observed(graph, "qfuse.shield", fusion.shield)
+        try:
+            if is_enabled():
+                report: Report | None = _observed(graph, "qfuse.fuse", fusion.fuse)
+                if report is not None:
+                    _tell(report)
+                if config.fuse_quantization:
+                    _observed(graph, "qfuse.quantize", quantization.fuse_quantizations)
+                if config.group_linears:
+                    _observed(graph, "qfuse.group", grouping.group_linears)
+        finally:  # whatever happens, Inductor's own patterns must not see what was not fused
+            _observed(graph, "qfuse.shield", fusion.shield)
 
     def uuid(self) -> Any:
         """Return what the compile cache's key needs: any change of qfuse's source, options or ISA is another compile.

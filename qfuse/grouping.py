@@ -34,7 +34,7 @@ def group_linears(graph: Graph) -> int:
     constants = Constants(graph)
     groups: dict[Hashable, list[Node]] = {}
     for node in packed:
-        if all(operand in constants for operand in _of_columns(node)) and not _absorbs_a_user(node):
+        if all(operand in constants for operand in _of_columns(node)) and not _stays_alone(node):
             groups.setdefault(_shared(node), []).append(node)
     merged = sum([_try_to_merge(group) for group in groups.values() if len(group) > 1])
     if merged:
@@ -75,20 +75,34 @@ def _key(value: object, depth: int = 8) -> Hashable:
     """Return what is equal for two nodes that compute the same by the same operators."""
     if isinstance(value, list | tuple):
         return tuple(_key(one, depth) for one in value)
-    if not isinstance(value, Node) or value.op != "call_function" or depth == 0 or value.is_impure():
-        return value if isinstance(value, Hashable) else str(value)
-    return (value.target, _key(value.args, depth - 1), str(value.kwargs))
+    if not isinstance(value, Node):
+        return type(value), repr(value)  # 1, 1.0 and True are equal, and not the same
+    if value.op != "call_function" or depth == 0 or value.is_impure():
+        return value
+    return value.target, _key(value.args, depth - 1), repr(value.kwargs)
 
 
-def _absorbs_a_user(linear: Node) -> bool:
-    """Tell whether the one thing that is done with the result can be fused into the linear's kernel."""
-    node = linear
-    while len(node.users) == 1:
-        (user,) = node.users
-        if reshaped_input(user) is None and permutation(user) is None:
-            return isinstance(user.target, torch._ops.OpOverload) and torch.Tag.pointwise in user.target.tags
-        node = user
-    return False
+def _stays_alone(linear: Node) -> bool:
+    """Tell whether a slice of a larger result would be worse than a result of its own.
+
+    Inductor fuses a pointwise operator, if it is all that is done with the result, into the kernel of a linear, but not
+    into a slice of it. And what leaves the graph has to have the strides that eager gives it.
+    """
+    waiting = [linear]
+    users: list[Node] = []
+    while waiting:
+        for user in waiting.pop().users:
+            if reshaped_input(user) is not None or permutation(user) is not None:
+                waiting.append(user)
+            else:
+                users.append(user)
+    if any(user.op == "output" or user.target is aten.as_strided.default for user in users):
+        return True
+    return len(users) == 1 and _is_pointwise(users[0])
+
+
+def _is_pointwise(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
 
 
 def _merge(group: list[Node]) -> None:
@@ -96,7 +110,7 @@ def _merge(group: list[Node]) -> None:
     for node in others:  # what they are made of has to be there before the first
         for operand in _of_columns(node):
             for needed in ancestors(operand, ()):
-                if needed.op == "call_function" and needed > first:
+                if needed.op != "placeholder" and needed > first:
                     first.prepend(needed)
     emit = Emitter(first.graph, first)
     try:

@@ -125,22 +125,13 @@ class _Snapshot(CustomGraphPass):
             below: Node | None = output
             while below is not None:
                 node, below = below, reshaped_input(below)
-            self.outputs.append(str((_group_of(node) or node).target))
+            self.outputs.append(str(node.target))
 
     def uuid(self) -> None:
         return None
 
     def __deepcopy__(self, memo: object) -> _Snapshot:
         return self
-
-
-def _group_of(node: Node) -> Node | None:
-    """Return the grouped linear that `node` is one linear of, or None."""
-    linear = node.args[0] if node.target is aten.slice.Tensor else None
-    if not isinstance(linear, Node) or linear.target is not torch.ops.qfuse.int8_linear.default:
-        return None
-    weight = linear.args[1]
-    return linear if isinstance(weight, Node) and weight.target is aten.cat.default else None
 
 
 @contextlib.contextmanager

@@ -79,6 +79,7 @@ class Amx {
         configured_ = rows;
     }
 
+    // GCC 12's `_tile_loadd` does not tell that it reads memory; nothing here writes what is loaded.
     QFUSE_TARGET_AMX __attribute__((always_inline)) static inline void multiply_two_by_two(
         const uint8_t* a, int64_t stride, const int8_t* b) {
         _tile_loadd(4, a, stride);

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -16,13 +16,13 @@ VECTOR_MATH = (Path(__file__).parent / "vector_math.h").read_text()
 
 
 @contextlib.contextmanager
-def fast_math(dtype: torch.dtype) -> Iterator[None]:
+def fast_math(dtypes: Set[torch.dtype]) -> Iterator[None]:
     """Let Inductor's C++ code generation call the functions of `VECTOR_MATH`, which the source has to include.
 
-    dtype: what the result is rounded to.
+    dtypes: what each node of the epilogue is rounded to. If that is bfloat16 throughout, erf may be a little rougher.
     """
     functions = {name: name for name in ("exp", "erf", "tanh")}
-    if dtype in (torch.bfloat16, torch.float16):
+    if dtypes == {torch.bfloat16}:
         functions["erf"] = "rough_erf"
     original = CppVecKernel.get_to_dtype_expr
 

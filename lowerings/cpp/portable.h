@@ -25,10 +25,14 @@ class Portable {
         for (int64_t i = 0; i < x.count; ++i)
             for (int64_t j = 0; j < panel_columns; ++j)
                 out[i * panel_columns + j] =
-                    static_cast<float>(sums[i][j] - w.compensation[j]) * x.scale[i * x.scale_stride] * w.scale[j];
+                    difference(sums[i][j], w.compensation[j]) * x.scale[i * x.scale_stride] * w.scale[j];
     }
 
  private:
+    static float difference(int32_t sum, int32_t compensation) { // modulo 2^32, as the others compute
+        return static_cast<int32_t>(static_cast<uint32_t>(sum) - static_cast<uint32_t>(compensation));
+    }
+
     static constexpr int64_t part = 256;
     typedef float Floats __attribute__((vector_size(64), aligned(64), may_alias));
     typedef int32_t Ints __attribute__((vector_size(64), aligned(64), may_alias));

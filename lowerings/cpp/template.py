@@ -12,6 +12,7 @@ import torch
 from torch._inductor import ir
 from torch._inductor.codegen.cpp_gemm_template import gen_2d_view_of_epilogue_buf
 from torch._inductor.codegen.cpp_template import CppTemplate
+from torch._inductor.codegen.cpp_template_kernel import wrap_with_tensorbox
 from torch._inductor.lowering import lowerings, to_dtype
 from torch._inductor.utils import parallel_num_threads
 from torch._inductor.virtualized import V, ops
@@ -33,22 +34,26 @@ def int8_linear(call: Int8LinearCall) -> ir.TensorBox:
         map(ir.ExternKernel.realize_input, (call.x, call.weight, call.column_sums, call.x_scale, call.w_scale)),
     )
     # What the epilogue reads has to be an input of the template: else the scheduler does not see the dependency.
-    read_behind = [t for t in (call.bias, *call.offset_rows, *call.offset_columns) if t is not None]
-    for tensor in read_behind:
-        tensor.realize()
+    rows, columns = ([_realized(t) for t in tensors] for tensors in (call.offset_rows, call.offset_columns))
+    bias = None if call.bias is None else _realized(call.bias)
+    call = replace(call, bias=bias, offset_rows=rows, offset_columns=columns)
+    read_behind = [t for t in (bias, *rows, *columns) if t is not None]
     size = [x.get_size()[0], column_sums.get_size()[1]]
     template = Int8LinearTemplate(
         [ir.InputsKernel.unwrap_storage_for_input(t) for t in (x, weight, column_sums, x_scale, w_scale, *read_behind)],
         ir.FixedLayout(x.get_device_or_error(), call.out_dtype, size),
         call,
     )
-    choices: list[Any] = []
-    template.maybe_append_choice(choices)
-    return choices[0].output_node()
+    return template.generate().output_node()
+
+
+def _realized(tensor: Any) -> Any:
+    """Return `tensor` as a buffer or an affine view of one: exactly what will be read."""
+    return wrap_with_tensorbox(ir.InputsKernel.unwrap_storage_for_input(tensor))
 
 
 def _unsigned(call: Int8LinearCall) -> Int8LinearCall:
-    """Shift an int8 activation to uint8, which the microkernels take."""
+    """Shift an int8 activation to uint8, which the microkernels take. The rewrite has done so, others may not."""
     if call.x.get_dtype() is torch.uint8:
         return call
     shifted = lowerings[torch.ops.aten.add.Tensor](to_dtype(call.x, torch.int32), 128)
@@ -96,7 +101,8 @@ class Int8LinearTemplate(CppTemplate):
         for name, node in zip(names, self.input_nodes, strict=True):
             inputs.setdefault(node.get_name(), (name, node))
         microkernel = MICROKERNELS[cpu_isa()]
-        with patch.object(V.graph, "get_dtype", self._fake_get_dtype([sums, output])), fast_math(y.get_dtype()):
+        dtypes = {node.get_dtype() for node in epilogues}
+        with patch.object(V.graph, "get_dtype", self._fake_get_dtype([sums, output])), fast_math(dtypes):
             return self._template_from_string(_TEXT).render(
                 template=self,
                 kernel=kernel,
