@@ -32,7 +32,7 @@ def test_explain() -> None:
     report = qfuse.explain(Block(), torch.randn(7, 64))
     (match,), (miss,) = report.matches, report.misses
     assert (match.pattern, match.lowering, match.shape) == ("int8.dynamic_per_token", "cpp", "7×64×48")
-    assert match.dtypes == "uint8 → float32"
+    assert match.dtypes in ("uint8 → float32", "int8 → float32")  # torchao's graph depends on the CPU
     assert match.module == "layers.0.linear"
     assert re.search(r"producers\.py:\d+$", match.source)
     assert miss.module == ""
