@@ -49,6 +49,7 @@ def int8_linear(call: Int8LinearCall) -> ir.TensorBox:
 
 def _realized(tensor: Any) -> Any:
     """Return `tensor` as a buffer or an affine view of one: exactly what will be read."""
+    tensor.realize()  # `unwrap_storage_for_input` fails for what is no buffer yet
     return wrap_with_tensorbox(ir.InputsKernel.unwrap_storage_for_input(tensor))
 
 
