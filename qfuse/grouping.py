@@ -154,12 +154,14 @@ class _Columns:
         parts = []
         for node, n, padded in zip(self.group, self.sizes, self.padded, strict=True):
             operand = node.args[argument] if item is None else node.args[argument][item]  # type: ignore[index]
-            parts.append(self._filled(operand, n, padded, dim, fake_value(node).device))
+            if operand is None:  # no bias: zeros made of a weight, because freezing folds no `full`
+                operand = self.emit.call(aten.mul.Tensor, self.emit.reshape(node.args[2], [n]), 0)  # type: ignore[arg-type]
+                operand = self.emit.convert(operand, torch.float32)
+            assert isinstance(operand, Node)
+            parts.append(self._filled(operand, n, padded, dim))
         return self.emit.call(aten.cat.default, parts, dim)
 
-    def _filled(self, operand: object, n: int, padded: int, dim: int, device: torch.device) -> Node:
-        if not isinstance(operand, Node):  # no bias
-            return self.emit.call(aten.full.default, [padded], 0.0, dtype=torch.float32, device=device)
+    def _filled(self, operand: Node, n: int, padded: int, dim: int) -> Node:
         if fake_value(operand).is_floating_point():
             operand = self.emit.convert(operand, torch.float32)
         if fake_value(operand).shape[dim] != n:
