@@ -79,6 +79,20 @@ class Amx {
         configured_ = rows;
     }
 
+    // Scale the sums of COLUMNS columns, from `column` on.
+    template <int COLUMNS>
+    QFUSE_TARGET_AMX __attribute__((always_inline)) static inline void store(
+        const Rows& x, const Panel& w, int64_t column, const int32_t (*sums)[COLUMNS], float* out) {
+        for (int64_t i = 0; i < x.count; ++i) {
+            const __m512 x_scale = _mm512_set1_ps(x.scale[i * x.scale_stride]);
+#pragma GCC unroll 4
+            for (int64_t j = 0; j < COLUMNS; j += 16)
+                _mm512_storeu_ps(
+                    out + i * panel_columns + column + j,
+                    dequantized(_mm512_load_si512(sums[i] + j), w, column + j, x_scale));
+        }
+    }
+
     // GCC 12's `_tile_loadd` does not tell that it reads memory; nothing here writes what is loaded.
     QFUSE_TARGET_AMX __attribute__((always_inline)) static inline void multiply_two_by_two(
         const uint8_t* a, int64_t stride, const int8_t* b) {
@@ -110,12 +124,7 @@ class Amx {
         _tile_stored(1, sums[0] + 16, 128);
         _tile_stored(2, sums[16], 128);
         _tile_stored(3, sums[16] + 16, 128);
-        for (int64_t i = 0; i < x.count; ++i) {
-            const __m512 x_scale = _mm512_set1_ps(x.scale[i * x.scale_stride]);
-            float* to = out + i * panel_columns + column;
-            _mm512_storeu_ps(to, dequantized(_mm512_load_si512(sums[i]), w, column, x_scale));
-            _mm512_storeu_ps(to + 16, dequantized(_mm512_load_si512(sums[i] + 16), w, column + 16, x_scale));
-        }
+        store(x, w, column, sums, out);
     }
 
     QFUSE_TARGET_AMX __attribute__((always_inline)) static inline void multiply_one_by_four(
@@ -152,12 +161,7 @@ class Amx {
         _tile_stored(1, sums[0] + 16, 256);
         _tile_stored(2, sums[0] + 32, 256);
         _tile_stored(3, sums[0] + 48, 256);
-        for (int64_t i = 0; i < x.count; ++i) {
-            const __m512 x_scale = _mm512_set1_ps(x.scale[i * x.scale_stride]);
-            for (int64_t j = 0; j < 64; j += 16)
-                _mm512_storeu_ps(
-                    out + i * panel_columns + j, dequantized(_mm512_load_si512(sums[i] + j), w, j, x_scale));
-        }
+        store(x, w, 0, sums, out);
     }
 };
 
