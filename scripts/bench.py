@@ -8,11 +8,10 @@ for each number of threads. Results go to the screen, and as JSON, text and a pl
 from __future__ import annotations
 
 import argparse
-import logging
-import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
+
+from command_line import at_least, silence
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ("minilm", "bert", "llama")
@@ -100,26 +99,6 @@ def parse_options() -> argparse.Namespace:
     engine.add_argument("engine")
     engine.add_argument("--first", type=Path)
     return parser.parse_args()
-
-
-def silence() -> None:
-    """Turn off what other libraries say on import that has nothing to do with this run. Call it before them."""
-    os.environ["HF_HUB_OFFLINE"] = "1"  # models are installed or random: ask no hub
-    # torchao reports that its CUDA libraries do not load; torch, that torchao registers its enums the old way.
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def at_least(lowest: int) -> Callable[[str], int]:
-    """Return a type for argparse: an integer that is not below `lowest`."""
-
-    def integer(text: str) -> int:
-        value = int(text)
-        if value < lowest:
-            raise argparse.ArgumentTypeError(f"{value} is less than {lowest}")
-        return value
-
-    return integer
 
 
 if __name__ == "__main__":

@@ -8,10 +8,9 @@ compiled. Everything is installed with the project: no network is needed.
 from __future__ import annotations
 
 import argparse
-import logging
-import os
 import sys
-from collections.abc import Callable
+
+from command_line import at_least, silence
 
 
 def main() -> int:
@@ -38,26 +37,6 @@ def parse_options() -> argparse.Namespace:
         "--rounds", type=at_least(2), metavar="N", default=60, help="timed calls of each engine (default: 60)"
     )
     return parser.parse_args()
-
-
-def at_least(lowest: int) -> Callable[[str], int]:
-    """Return a type for argparse: an integer that is not below `lowest`."""
-
-    def integer(text: str) -> int:
-        value = int(text)
-        if value < lowest:
-            raise argparse.ArgumentTypeError(f"{value} is less than {lowest}")
-        return value
-
-    return integer
-
-
-def silence() -> None:
-    """Turn off what other libraries say on import that has nothing to do with this run. Call it before them."""
-    os.environ["HF_HUB_OFFLINE"] = "1"  # the model is installed: do not ask the hub for a newer one
-    # torchao reports that its CUDA libraries do not load; torch, that torchao registers its enums the old way.
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":
