@@ -114,11 +114,12 @@ def test_shared_activation_and_tied_weight() -> None:
     with fresh_cache():
         result, (*_, code) = run_and_get_code(torch.compile(model), x)
     assert_no_worse(result, model, x)
-    # one kernel to quantize, one for q and k together, and one for v, which what follows is fused into
-    assert code.count("Microkernel microkernel(K);") == 2
-    activations = re.findall(r"cpp_fused_\w+\((buf\d+), _frozen_param", code)
-    assert len(activations) == 2
+    assert code.count("Microkernel microkernel(K);") == 3  # what is returned is not grouped
+    call = r"cpp_fused_\w+\((buf\d+), (_frozen_param\d+),"
+    activations, weights = zip(*re.findall(call, code), strict=True)
+    assert len(activations) == 3
     assert len(set(activations)) == 1  # quantized once
+    assert len(set(weights)) == 2  # the tied pair has one packed weight
     assert len(trace(model, x).report.matches) == 3
 
 
