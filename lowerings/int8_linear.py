@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,11 +53,10 @@ def int8_linear(
     call = Int8LinearCall(
         x, weight, column_sums, x_scale, w_scale, bias, offset_rows, offset_columns, x_zero_point, out_dtype
     )
-    # A packed weight is understood by the provider that asked for it, and by the reference.
-    names = (lowering,) if by_name(lowering).packs_weight else dict.fromkeys((lowering, "aten"))
-    for name in names:
+    for name in dict.fromkeys((lowering, "aten")):
         try:
-            return by_name(name).lower(call)
+            wanted = call if by_name(name).packs_weight == by_name(lowering).packs_weight else _unpacked(call)
+            return by_name(name).lower(wanted)
         except Exception:
             log.warning("lowering %s failed, another is used. Please report this.", name, exc_info=True)
     reference = fallback_handler(torch.ops.qfuse.int8_linear.default, add_to_fallback_set=False)
@@ -73,3 +73,13 @@ def int8_linear(
         out_dtype,
         lowering,
     )
+
+
+def _unpacked(call: Int8LinearCall) -> Int8LinearCall:
+    """Return `call` with the weight as [N, K], from what `qfuse::pack_int8_weight` made of it. Done in each call."""
+    panels, groups, columns, four = call.weight.get_size()
+    weight = lowerings[aten.permute.default](call.weight, [0, 2, 1, 3])
+    weight = lowerings[aten.reshape.default](lowerings[aten.clone.default](weight), [panels * columns, groups * four])
+    for dim, size in enumerate((call.column_sums.get_size()[1], call.x.get_size()[1])):
+        weight = lowerings[aten.slice.Tensor](weight, dim, 0, size)
+    return replace(call, weight=weight)

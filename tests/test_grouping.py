@@ -106,7 +106,7 @@ def test_kernels() -> None:
 
     model = int8(Attention((96, 96, 96)))
     with fresh_cache():
-        _, (code,) = run_and_get_code(torch.compile(model), torch.randn(9, K, dtype=torch.bfloat16))
+        _, (*_, code) = run_and_get_code(torch.compile(model), torch.randn(9, K, dtype=torch.bfloat16))
     assert code.count("Microkernel microkernel(K);") == 1
     calls = re.findall(r"^ +(cpp_fused\w+)\(", code.split("def call(")[1].split("runner =")[0], re.M)
     assert_expected_inline(
