@@ -132,6 +132,19 @@ def test_compiles_for_any_cpu(isa: Isa, tmp_path: Path) -> None:
     _compile(isa, tmp_path, "-c", "-march=x86-64")
 
 
+@pytest.mark.parametrize("isa", [Isa.AMX, Isa.AVX_VNNI], ids=lambda isa: isa.name)
+def test_old_compilers_get_another_kernel(isa: Isa, tmp_path: Path) -> None:
+    """GCC 10 knows neither; what it compiles instead gives the same bits."""
+    if not _runs(isa):
+        pytest.skip("the CPU has not even the other kernel's instructions")
+    run = ctypes.CDLL(str(_compile(isa, tmp_path, "-shared", "-DQFUSE_COMPILER_IS_OLD=1"))).run
+    operands = quantized(77, 67, torch.uint8), torch.rand(77), quantized(64, 67), 128, torch.rand(64)
+    assert torch.equal(_call(run, *operands), _expected(*operands))
+    assembly = _compile(isa, tmp_path, "-S", "-DQFUSE_COMPILER_IS_OLD=1").read_text()
+    assert "tdpbusd" not in assembly
+    assert "{vex} vpdpbusd" not in assembly
+
+
 @pytest.mark.parametrize(("isa", "register"), [(Isa.AVX512_VNNI, "zmm"), (Isa.AVX_VNNI, "ymm")], ids=str)
 def test_accumulators_stay_in_registers(isa: Isa, register: str, tmp_path: Path) -> None:
     """No loop that multiplies stores a vector on the stack, as GCC likes to do, at a third of the speed."""

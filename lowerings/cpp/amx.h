@@ -4,6 +4,7 @@
 #define QFUSE_AMX
 #define QFUSE_TARGET_AMX __attribute__((target("amx-tile,amx-int8,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")))
 namespace qfuse {
+#if !QFUSE_COMPILER_IS_OLD
 
 // Ask Linux for the tile registers, once a process; false where it does not grant them.
 static inline bool may_use_amx() {
@@ -165,5 +166,14 @@ class Amx {
     }
 };
 
+#else // GCC 10 does not know AMX
+
+class Amx : public Avx512Vnni {
+ public:
+    static constexpr int64_t max_rows = 32;
+    using Avx512Vnni::Avx512Vnni;
+};
+
+#endif
 } // namespace qfuse
 #endif

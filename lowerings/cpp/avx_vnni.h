@@ -3,6 +3,7 @@
 #define QFUSE_AVX_VNNI
 #define QFUSE_TARGET_AVX_VNNI __attribute__((target("avx2,avxvnni,fma")))
 namespace qfuse {
+#if !QFUSE_COMPILER_IS_OLD
 
 // acc += four unsigned bytes of `row` times four signed ones of `column`, for 8 columns; see avx512_vnni.h.
 QFUSE_TARGET_AVX_VNNI __attribute__((always_inline)) static inline void dpbusd(
@@ -82,5 +83,10 @@ class AvxVnni {
     }
 };
 
+#else // GCC 10 does not know AVX-VNNI
+
+using AvxVnni = Portable;
+
+#endif
 } // namespace qfuse
 #endif

@@ -10,6 +10,14 @@
 // reference's does.
 #ifndef QFUSE_BLOCK
 #define QFUSE_BLOCK
+// The first compilers with AMX and AVX-VNNI are GCC 11 and Clang 12; Inductor takes older ones.
+#ifndef QFUSE_COMPILER_IS_OLD
+#ifdef __clang__
+#define QFUSE_COMPILER_IS_OLD (__clang_major__ < 12)
+#else
+#define QFUSE_COMPILER_IS_OLD (__GNUC__ < 11)
+#endif
+#endif
 namespace qfuse {
 
 constexpr int64_t panel_columns = 64;

@@ -35,6 +35,6 @@ MICROKERNELS = {
         "Amx", 32, ("avx512_vnni.h", "amx.h"), ("cstring", "immintrin.h", "sys/syscall.h", "unistd.h")
     ),
     Isa.AVX512_VNNI: Microkernel("Avx512Vnni", 48, ("avx512_vnni.h",), ("cstring", "immintrin.h")),
-    Isa.AVX_VNNI: Microkernel("AvxVnni", 48, ("avx_vnni.h",), ("cstring", "immintrin.h")),
+    Isa.AVX_VNNI: Microkernel("AvxVnni", 48, ("portable.h", "avx_vnni.h"), ("cstring", "immintrin.h")),
     Isa.NONE: Microkernel("Portable", 48, ("portable.h",), ("cstring",)),
 }
