@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from qfuse import config
 from qfuse.isa import Isa
+from qfuse.lowerings import tuning
 from qfuse.lowerings.aten import Aten
 from qfuse.lowerings.cpp import Cpp
 from qfuse.lowerings.onednn import OneDNN
@@ -23,14 +24,22 @@ INT8_LINEAR: dict[str, tuple[Provider, ...]] = {
 
 
 def choose(problem: Problem) -> Provider | Decline:
-    """Return the first provider that supports `problem`, or why none does."""
-    refusals = []
+    """Return the best provider that supports `problem`, or why none does.
+
+    The best is the first; under `max_autotune` it is the one that is measured to be the fastest.
+    """
+    supporting, refusals = [], []
     for provider in INT8_LINEAR.get(_platform(problem), ()):
         reason = _refusal(provider, problem)
         if reason is None:
-            return provider
-        refusals.append(f"{provider.name}: {reason}")
-    return Decline("no lowering: " + ("; ".join(refusals) or f"none for device {problem.device.type}"))
+            supporting.append(provider)
+        else:
+            refusals.append(f"{provider.name}: {reason}")
+    if not supporting:
+        return Decline("no lowering: " + ("; ".join(refusals) or f"none for device {problem.device.type}"))
+    if len(supporting) > 1 and tuning.is_wanted():
+        return tuning.fastest(problem, supporting)
+    return supporting[0]
 
 
 def _platform(problem: Problem) -> str:

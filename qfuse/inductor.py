@@ -251,8 +251,10 @@ def concrete(value: Any) -> Any:
     return value.node.hint if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool) else value
 
 
-def compile_frozen_graph(gm: GraphModule, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-    """Compile a graph whose attributes are constants, inside another compile, and run it on `inputs`."""
+def compile_frozen_graph(
+    gm: GraphModule, inputs: Sequence[torch.Tensor]
+) -> Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]:
+    """Compile a graph whose attributes are constants, inside another compile, for tensors like `inputs`."""
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.virtualized import V
 
@@ -270,7 +272,8 @@ def compile_frozen_graph(gm: GraphModule, inputs: Sequence[torch.Tensor]) -> Seq
             FakeTensorProp(gm, fake_mode).propagate_dont_convert_inputs(*fakes)
         with mock.patch.object(fake_mode, "allow_non_fake_inputs", True):
             compiled = compile_fx_inner(gm, fakes, is_inference=True)
-    return compiled(list(inputs))
+    assert callable(compiled)
+    return compiled
 
 
 def with_fresh_code(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from qfuse.constants import Constants
-from qfuse.inductor import emits_python, fake_value
+from qfuse.inductor import concrete, emits_python, fake_value
 from qfuse.isa import Isa, cpu_isa
 from qfuse.normal_form import Dim, QLinear
 
@@ -46,3 +46,8 @@ class Problem:
             weight_is_constant=form.weight in constants,
             called_from_python=emits_python(),
         )
+
+    def cache_key(self) -> str:
+        """Return what tells problems of different speed apart, the same in every process."""
+        place = f"{self.device.type} {self.isa.value}, {'Python' if self.called_from_python else 'C++'}"
+        return f"{concrete(self.m)}×{self.k}×{self.n} {self.x_dtype} {self.out_dtype}, {place}"

@@ -115,7 +115,8 @@ def _run_fused(result: Node, leaves: dict[Node, torch.Tensor], constants: Consta
             copies[node] = graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
     graph.output((copies[result],))
     module = GraphModule(attributes, graph)
-    (fused,) = compile_frozen_graph(module, list(leaves.values()))
+    inputs = list(leaves.values())
+    (fused,) = compile_frozen_graph(module, inputs)(list(inputs))
     return fused
 
 

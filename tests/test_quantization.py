@@ -191,7 +191,7 @@ convert:uint8 %12
 
     def test_code(self) -> None:
         with inductor_config.patch({"cpp.threads": 1}):
-            _, (code,) = run_and_get_code(torch.compile(Quantized(unrounded)), torch.randn(5, 67))
+            _, (*_, code) = run_and_get_code(torch.compile(Quantized(unrounded)), torch.randn(5, 67))
         kernel = code[(start := code.index("    using T = ")) : code.index("\n''')", start)]
         self.assertExpectedInline(
             kernel,
