@@ -18,10 +18,12 @@ from benchmarks.results import Case, Run, load, save
 from benchmarks.worker import isa_limit
 
 WIDTH = 170  # of tables in a file
+QUIET = 0.3  # load average of a machine on which nothing else runs
 
 
 def run(options: argparse.Namespace, arguments: list[str]) -> int:
     """Do what the command line says, and return the exit status."""
+    before = os.getloadavg()[0]  # before our own processes add to it
     runs: list[Run] = []
     failed = 0
     with tempfile.TemporaryDirectory() as directory:
@@ -33,6 +35,8 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
             runs += load(results) if results.exists() else []
     if not runs:
         return 1
+    if before > QUIET:
+        runs[0].notes.append(f"Other processes were running (load average {before:.2f}): these times mean little.")
     name = options.command if options.isa == "native" else f"{options.command}_{options.isa}"
     save(runs, options.out / f"{name}.json")
     cases = [case for run in runs for case in run.cases]

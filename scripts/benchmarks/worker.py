@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from typing import Any
 
 ISA_LIMITS = {"native": "", "avx512_vnni": "AVX512_CORE_BF16"}  # as oneDNN calls it
-QUIET = 0.3  # load average of a machine on which nothing else runs
 
 
 def isa_limit(isa: str) -> str:
@@ -29,8 +28,6 @@ def work(options: argparse.Namespace) -> None:
     described = machine.describe()
     kept = {key: value for key, value in vars(options).items() if key not in ("worker", "out")}
     run = Run(described.as_dict(), described.summary(), kept)
-    if (load := described.load_average[0]) > QUIET:
-        run.notes.append(f"Other processes were running (load average {load:.2f}): these times mean little.")
     with torch.no_grad():
         measure = {"linear": _linear, "model": _model}[options.command]
         for case in measure(options, threads, run):
