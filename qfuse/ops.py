@@ -10,8 +10,8 @@
 
 `qfuse::int8_linear(x, weight, column_sums, x_scale, w_scale, bias, offset_rows, offset_columns, x_zero_point,
 out_dtype, lowering) -> y`
-    y[m, n] = (Σk (x[m, k] − x_zero_point) · weight[n, k]) · x_scale[m] · w_scale[n] + bias[n]
-              + Σi offset_rows[i][m] · offset_columns[i][n],
+    y[m, n] = (Σk (x[m, k] − x_zero_point) · weight[n, k]) · x_scale[m] · w_scale[n]
+              + Σi offset_rows[i][m] · offset_columns[i][n] + bias[n],
     in float32 after the exact integer sum, rounded once to `out_dtype`.
 
     x: [M, K] int8 or uint8. weight: [N, K] int8, or packed as above. column_sums: [1, N] int32, as above.
@@ -27,6 +27,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from qfuse.memory import in_huge_pages
 
 _library = torch.library.Library("qfuse", "DEF")
 _library.define("pack_column_sums(Tensor weight) -> Tensor")
@@ -75,7 +77,8 @@ def _pack_column_sums_fake(weight: Tensor) -> Tensor:
 def _pack_int8_weight(weight: Tensor) -> Tensor:
     n, k = weight.shape
     padded = torch.nn.functional.pad(weight, (0, -k % 64, 0, -n % 64))
-    return padded.view(-1, 64, padded.shape[1] // 4, 4).transpose(1, 2).contiguous()
+    panels = padded.view(-1, 64, padded.shape[1] // 4, 4).transpose(1, 2)
+    return in_huge_pages(torch.empty(panels.shape, dtype=weight.dtype, device=weight.device)).copy_(panels)
 
 
 @torch.library.register_fake("qfuse::pack_int8_weight", lib=_library)
@@ -108,10 +111,10 @@ def int8_linear_reference(
         weight = unpacked(weight, column_sums.shape[1], x.shape[1])
     accumulator = (x.double() - x_zero_point) @ weight.double().t()
     y = accumulator.float() * x_scale.reshape(-1, 1) * w_scale
-    if bias is not None:
-        y = y + bias
     for rows, columns in zip(offset_rows, offset_columns, strict=True):
         y = y + rows.reshape(-1, 1) * columns
+    if bias is not None:
+        y = y + bias
     return y.to(out_dtype)
 
 

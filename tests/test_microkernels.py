@@ -34,6 +34,8 @@ extern "C" void run(const uint8_t* x, int64_t stride, const float* x_scale, int6
     qfuse::{class_name} microkernel(k);
     qfuse::Panel panel;
     panel.data = weight;
+    panel.rows = rows;
+    panel.tiles = 0;
     std::copy_n(compensation, 64, panel.compensation);
     std::copy_n(w_scale, 64, panel.scale);
     constexpr int64_t most = qfuse::{class_name}::max_rows;

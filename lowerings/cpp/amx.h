@@ -28,7 +28,7 @@ class Amx {
             _tile_release();
     }
 
-    QFUSE_TARGET_AMX void operator()(const Rows& x, const Panel& w, float* out) {
+    QFUSE_TARGET_AMX void operator()(const Rows& x, Panel& w, float* out) {
         if (x.count <= fewest_rows || !granted_) {
             few_(x, w, out);
             return;

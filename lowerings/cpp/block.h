@@ -3,7 +3,7 @@
 //     static constexpr int64_t row_tile;   // rows that it computes at a time, most efficiently
 //     static constexpr int64_t max_rows;   // rows that it takes in one call
 //     explicit Microkernel(int64_t k);     // one for each thread
-//     void operator()(const Rows& x, const Panel& w, float* out);
+//     void operator()(const Rows& x, Panel& w, float* out);
 //
 // which computes out[i][j] = (Σk x[i][k] · w[j][k] − compensation[j]) · x_scale[i] · w_scale[j], row-major [rows][64].
 // The products are rounded in this order, like the reference's, so that no intermediate leaves float32 unless the
@@ -34,6 +34,8 @@ struct Rows {
 // 64 columns of the weight, packed [K / 4][64][4], K padded with zeros to a multiple of 64.
 struct Panel {
     const int8_t* data;
+    int64_t rows;  // that it is multiplied by, in one call or several
+    int64_t tiles; // of them, until now
     alignas(64) int32_t compensation[panel_columns];
     alignas(64) float scale[panel_columns];
 };
