@@ -10,6 +10,7 @@ from qfuse.lowerings import tuning
 from qfuse.lowerings.aten import Aten
 from qfuse.lowerings.cpp import Cpp
 from qfuse.lowerings.onednn import OneDNN
+from qfuse.lowerings.triton import Triton
 from qfuse.problem import Problem
 from qfuse.provider import Provider
 from qfuse.reasons import Decline
@@ -19,7 +20,7 @@ from qfuse.reasons import Decline
 INT8_LINEAR: dict[str, tuple[Provider, ...]] = {
     "cpu": (Cpp(), OneDNN(), Aten()),
     "cpu without VNNI": (Aten(), Cpp()),
-    "cuda": (Aten(),),
+    "cuda": (Triton(), Aten()),
 }
 
 

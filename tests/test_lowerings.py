@@ -236,10 +236,12 @@ def test_choice() -> None:
     assert "not a constant" in _chosen(weight_is_constant=False)
     assert "none for device mps" in _chosen(device=torch.device("mps"))
     cuda = torch.device("cuda")
-    assert _chosen(device=cuda, isa=Isa.NONE, m=17, weight_is_constant=False) == "aten"
-    assert "M > 16" in _chosen(device=cuda, isa=Isa.NONE, m=16)
-    assert "divisible by 8" in _chosen(device=cuda, isa=Isa.NONE, m=17, k=63)
-    assert "int8 activation" in _chosen(device=cuda, isa=Isa.NONE, m=17, x_dtype=torch.uint8)
+    assert _chosen(device=cuda, isa=Isa.NONE, m=1, k=63, weight_is_constant=False) == "triton"
+    with qfuse.config.patch(disabled_lowerings=["triton"]):
+        assert _chosen(device=cuda, isa=Isa.NONE, m=17, weight_is_constant=False) == "aten"
+        assert "M > 16" in _chosen(device=cuda, isa=Isa.NONE, m=16)
+        assert "divisible by 8" in _chosen(device=cuda, isa=Isa.NONE, m=17, k=63)
+        assert "int8 activation" in _chosen(device=cuda, isa=Isa.NONE, m=17, x_dtype=torch.uint8)
     with qfuse.config.patch(disabled_lowerings=["cpp"]):
         assert _chosen() == "onednn"
         assert _chosen(called_from_python=False) == "aten"

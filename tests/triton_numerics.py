@@ -1,0 +1,116 @@
+"""The Triton lowering in Triton's interpreter, bit by bit: run in a process of its own by test_triton.py."""
+
+from __future__ import annotations
+
+import triton_interpreter  # isort: skip  (before anything imports triton)
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._inductor.kernel.mm_common import mm_grid
+from torch._inductor.select_algorithm import TritonTemplate
+from torch.nn import functional as F
+from triton.runtime.errors import InterpreterError
+from triton_interpreter import OutOfBoundsError
+
+from qfuse.lowerings.triton import template
+from qfuse.ops import int8_linear_reference
+
+ROWS = (1, 2, 16, 17, 31, 67, 130, 300)
+
+
+class Linear(nn.Module):
+    """`qfuse::int8_linear`, and what a model puts behind it."""
+
+    def __init__(self, k: int, n: int, out: torch.dtype, zero_point: int, bias: bool, offset: bool, act: bool) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.randint(-128, 128, (n, k)).to(torch.int8))
+        self.register_buffer("w_scale", torch.rand(n) / 10 + 0.01)
+        self.register_buffer("bias", torch.randn(n).to(out) if bias else None)
+        self.register_buffer("columns", torch.randn(n) if offset else None)
+        self.out, self.zero_point, self.act = out, zero_point, act
+
+    def forward(self, x: Tensor, x_scale: Tensor, rows: Tensor, residual: Tensor) -> Tensor:
+        """x: [M, K]. x_scale, rows: [M]. residual: [M, N]."""
+        sums = torch.ops.qfuse.pack_column_sums(self.weight)
+        offsets = ([], []) if self.columns is None else ([rows], [self.columns])
+        scales = (x_scale, self.w_scale, self.bias, *offsets)
+        run = torch.ops.qfuse.int8_linear if torch.compiler.is_compiling() else int8_linear_reference
+        y = run(x, self.weight, sums, *scales, self.zero_point, self.out, "triton")
+        return F.relu(y) * 0.5 + residual if self.act else y
+
+
+def _inputs(m: int, k: int, n: int, out: torch.dtype, x_dtype: torch.dtype) -> tuple[Tensor, ...]:
+    info = torch.iinfo(x_dtype)
+    x = torch.randint(info.min, info.max + 1, (m, k + 3)).to(x_dtype)[:, 1:-2]  # rows that are not next to each other
+    return x, torch.rand(m) / 10 + 0.01, torch.randn(m), torch.randn(m, n).to(out)
+
+
+def check() -> int:
+    """Compare each shape with the reference, bit by bit; return how many there were."""
+    triton_interpreter.install()
+    torch.manual_seed(0)
+    return _compare()
+
+
+#: Faults that a kernel could have, as a text of the template and what it would be.
+FAULTS = {
+    "a mask of K that is left out": ("mask=rk[None, :] < K - k, other=0", ""),
+    "a mask of N that is left out": ("{{name}} + rn, mask=in_n, other=0.0", "{{name}} + rn"),
+    "an index that is shifted": ("{{name}} + rm,", "{{name}} + rm + 1,"),
+    "rows and columns that are exchanged": ('vector("W_SCALE", "n"', 'vector("W_SCALE", "m"'),
+    "sums of the wrong dtype": ("y = sums.to(tl.float32)", "y = sums.to(tl.int16).to(tl.float32)"),
+    "a zero point that is left out": ("sums -= (X_ZERO_POINT", "sums -= (0"),
+    "a bias that is left out": ('y = y + {{ vector("BIAS"', 'y = y + 0 * {{ vector("BIAS"'),
+}
+
+
+def check_faults() -> list[str]:
+    """Return the faults that no comparison notices."""
+    triton_interpreter.install()
+    unnoticed = []
+    for i, (fault, (right, wrong)) in enumerate(FAULTS.items()):
+        source = (Path(template.__file__).parent / "linear.py.jinja").read_text()
+        assert right in source, fault
+        template._TEMPLATE = TritonTemplate(f"faulty{i}", mm_grid, source.replace(right, wrong))
+        torch.manual_seed(0)
+        try:
+            _compare()
+            unnoticed.append(fault)
+        except AssertionError:
+            pass
+        except InterpreterError as error:
+            if OutOfBoundsError.__name__ not in str(error):
+                raise
+    return unnoticed
+
+
+def _compare() -> int:
+    shapes = [(64, 48), (33, 65), (200, 100), (1, 7), (127, 129)]
+    options = list(itertools.product((0, 128, -3), (True, False), (False, True), (True, False)))
+    compared = 0
+    for i, ((k, n), out) in enumerate(itertools.product(shapes, (torch.float32, torch.bfloat16, torch.float16))):
+        zero_point, bias, offset, act = options[7 * i % len(options)]  # every option with every other
+        x_dtype = torch.uint8 if zero_point == 128 else torch.int8
+        model = Linear(k, n, out, zero_point, bias, offset, act)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, dynamic=True)
+        for m in ROWS:
+            inputs = _inputs(m, k, n, out, x_dtype)
+            before = len(triton_interpreter.launched)
+            result = compiled(*inputs)
+            launched = triton_interpreter.launched[before:]
+            assert sum("qfuse_int8_linear" in name or "triton_tem" in name for name in launched) == 1, launched
+            expected = model(*inputs)
+            case = (m, k, n, out, zero_point, bias, offset, act)
+            assert torch.equal(result, expected), (case, _worst(result, expected))
+            compared += 1
+    return compared
+
+
+def _worst(result: Tensor, expected: Tensor) -> Any:
+    difference = (result.double() - expected.double()).abs()
+    return difference.max().item(), f"{(difference > 0).float().mean().item():.2%}"
