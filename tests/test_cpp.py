@@ -73,6 +73,22 @@ def test_what_follows_is_fused(name: str, dtype: torch.dtype) -> None:
     assert result.dtype is dtype
 
 
+@pytest.mark.parametrize(
+    ("dtype", "stored", "function"),
+    [
+        (torch.bfloat16, torch.bfloat16, "rough_erf"),
+        (torch.float32, torch.bfloat16, "rough_erf"),  # as between a bfloat16 linear and its GELU
+        (torch.float32, torch.float32, "erf"),
+    ],
+    ids=str,
+)
+def test_erf_is_as_exact_as_what_is_stored(dtype: torch.dtype, stored: torch.dtype, function: str) -> None:
+    model = Followed(lambda y, _: F.gelu(y).to(stored), dtype)
+    with fresh_cache():
+        _, (code,) = run_and_get_code(torch.compile(model), *model.inputs(5))
+    assert set(re.findall(r"= qfuse::(\w*erf)\(", code)) == {function}
+
+
 @pytest.mark.parametrize("isa", [isa for isa in Isa if _runs(isa)], ids=lambda isa: isa.name)
 def test_instruction_sets(isa: Isa, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every class of problem, by the kernels of each instruction set."""

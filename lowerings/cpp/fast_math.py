@@ -16,13 +16,13 @@ VECTOR_MATH = (Path(__file__).parent / "vector_math.h").read_text()
 
 
 @contextlib.contextmanager
-def fast_math(dtypes: Set[torch.dtype]) -> Iterator[None]:
+def fast_math(stored: Set[torch.dtype]) -> Iterator[None]:
     """Let Inductor's C++ code generation call the functions of `VECTOR_MATH`, which the source has to include.
 
-    dtypes: what each node of the epilogue is rounded to. If that is bfloat16 throughout, erf may be a little rougher.
+    stored: the dtypes that the kernel stores. If that is bfloat16 alone, erf may be a little rougher.
     """
     functions = {name: name for name in ("exp", "erf", "tanh")}
-    if dtypes == {torch.bfloat16}:
+    if stored == {torch.bfloat16}:
         functions["erf"] = "rough_erf"
     original = CppVecKernel.get_to_dtype_expr
 

@@ -102,8 +102,8 @@ class Int8LinearTemplate(CppTemplate):
         for name, node in zip(names, self.input_nodes, strict=True):
             inputs.setdefault(node.get_name(), (name, node))
         microkernel = MICROKERNELS[cpu_isa()]
-        dtypes = {node.get_dtype() for node in epilogues}
-        with patch.object(V.graph, "get_dtype", self._fake_get_dtype([sums, output])), fast_math(dtypes):
+        stored = {node.get_dtype() for node in epilogues if node.get_name() not in aliases}
+        with patch.object(V.graph, "get_dtype", self._fake_get_dtype([sums, output])), fast_math(stored):
             return self._template_from_string(_TEXT).render(
                 template=self,
                 kernel=kernel,
