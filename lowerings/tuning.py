@@ -6,8 +6,9 @@ times in its cache of autotuning results.
 
 from __future__ import annotations
 
-import functools
 import logging
+import math
+import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,9 @@ from qfuse.inductor import compile_frozen_graph, concrete, real_tensors
 from qfuse.problem import Problem
 from qfuse.provider import Provider
 
+#: Times that differ less are as good as equal.
+_HARDLY = 1.05
+
 ops = torch.ops.qfuse
 log = logging.getLogger("qfuse.lowerings")
 
@@ -34,18 +38,35 @@ def is_wanted() -> bool:
 def fastest(problem: Problem, providers: Sequence[Provider]) -> Provider:
     """Return the one of `providers`, all of which support `problem`, that takes the least time.
 
-    A symbolic M is measured at the size that the graph was traced with. What fails is not chosen; if all fail, or the
-    size is unknown, it is the first.
+    The first is preferred to one that is hardly faster: equal linears should have equal lowerings, or they would not be
+    grouped. A symbolic M is measured at the size that the graph was traced with. What fails is not chosen.
     """
     if concrete(problem.m) is None:
         return providers[0]
+    try:
+        times = _times(problem, providers)
+    except Exception:
+        log.warning("the times of lowerings cannot be read or written, %s is used", providers[0].name, exc_info=True)
+        return providers[0]
+    log.info("%s: %s", problem.cache_key(), ", ".join(f"{p.name} {ms:.3f} ms" for p, ms in times.items()))
+    fastest = min(times, key=times.__getitem__)
+    return providers[0] if times[providers[0]] <= _HARDLY * times[fastest] else fastest
+
+
+def _times(problem: Problem, providers: Sequence[Provider]) -> dict[Provider, float]:
+    """Return the milliseconds that each takes, from Inductor's cache or measured. Failures are not remembered."""
+    from qfuse.fusion_pass import source_hash
+
     choices: Any = [_Choice(provider) for provider in providers]  # any that have `hash_key` will do
-    key = f"{problem.cache_key()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    measure: Any = functools.partial(_measured, problem)
-    times: dict[Any, float] = PersistentCache().lookup(choices, "qfuse::int8_linear", key, measure)
-    log.info("%s: %s", key, ", ".join(f"{choice.provider.name} {ms:.3f} ms" for choice, ms in times.items()))
-    chosen: Provider = min(times, key=times.__getitem__).provider
-    return chosen
+    versions = f"torch {torch.__version__}, qfuse {source_hash()}"
+    key = f"{problem.cache_key()}, {platform.processor()} {torch.get_num_threads()} threads, {versions}"
+    times: dict[Any, float] = PersistentCache().lookup(choices, "qfuse::int8_linear", key, None)
+    if len(times) < len(choices):
+        measured: Any = _measured(problem, choices)
+        times = measured
+        if all(map(math.isfinite, measured.values())):
+            PersistentCache().lookup(choices, "qfuse::int8_linear", key, lambda choices: measured)
+    return {choice.provider: ms for choice, ms in times.items()}
 
 
 @dataclass(frozen=True)
@@ -76,8 +97,8 @@ def _compiled(problem: Problem, provider: Provider) -> Callable[[], Any]:
     """Compile a linear like `problem`, with scales of rows and of columns and a bias."""
     m, device, x_dtype = concrete(problem.m), problem.device, provider.activation_dtype(problem)
     info = torch.iinfo(x_dtype)
-    x = torch.randint(info.min, info.max + 1, (m, problem.k), device=device).to(x_dtype)
-    weight = torch.randint(-128, 128, (problem.n, problem.k), device=device).to(torch.int8)
+    x = torch.randint(info.min, info.max + 1, (m, problem.k), dtype=x_dtype, device=device)
+    weight = torch.randint(-128, 128, (problem.n, problem.k), dtype=torch.int8, device=device)
     constants = {
         "weight": ops.pack_int8_weight(weight) if provider.packs_weight else weight,
         "column_sums": ops.pack_column_sums(weight),

@@ -261,7 +261,7 @@ def compile_frozen_graph(
     fake_mode = FakeTensorMode()
     fakes = [fake_mode.from_tensor(tensor) for tensor in inputs]
     context = torch._guards.TracingContext(fake_mode)
-    options = {_PASS_SLOT: None, "fx_graph_cache": False, "cpp_wrapper": False}
+    options = {_PASS_SLOT: None, "fx_graph_cache": False, "cpp_wrapper": False, "triton.cudagraphs": False}
     with (
         V.set_fake_mode(fake_mode),
         V.set_aot_compilation(False),

@@ -46,7 +46,9 @@ class Avx512Vnni {
  private:
     int64_t k_;
 
-    // Return how far ahead the next tile fetches: the first tiles of a panel share the lines of the panel behind it.
+    // Return how far ahead the next tile fetches. For each 256 bytes of its panel, it fetches one line of 64 of the panel
+    // behind: the first four tiles another line each; of two or three, two every second line, and the hardware's own
+    // prefetcher takes what is between. 0 is where the tile reads anyway.
     int64_t ahead(Panel& w) const {
         const int64_t tiles = (w.rows + row_tile - 1) / row_tile, shares = tiles >= 4 ? 4 : tiles >= 2 ? 2 : 1;
         const int64_t tile = w.tiles++;
