@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._inductor import config as inductor_config
 from torch._inductor import ir
 from torch._inductor.kernel.mm_common import mm_grid
 from torch._inductor.lowering import lowerings, to_dtype
@@ -16,6 +15,7 @@ from torch._inductor.virtualized import V
 
 from qfuse.lowerings.call import Int8LinearCall
 from qfuse.lowerings.triton.configurations import Configuration, configurations
+from qfuse.lowerings.tuning import is_wanted
 
 _TEMPLATE = TritonTemplate(
     name="qfuse_int8_linear", grid=mm_grid, source=(Path(__file__).parent / "linear.py.jinja").read_text()
@@ -76,8 +76,7 @@ def _tried(m: Any, device: torch.device) -> list[Configuration]:
         limit = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", None)
     rows = V.graph.sizevars.optimization_hint(m, fallback=1024)
     found = [*configurations(rows, limit)]
-    measured = inductor_config.max_autotune or inductor_config.max_autotune_gemm
-    return found if measured else found[:1]
+    return found if is_wanted() else found[:1]
 
 
 def _is_one(vector: Any) -> bool:
