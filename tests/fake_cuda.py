@@ -40,6 +40,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+import qfuse
+
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -119,6 +121,7 @@ def generate(model: Callable[..., Any], *inputs: Any, capability: int = 90, dyna
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(_device(capability))
+        stack.enter_context(qfuse.config.patch(verify=False))  # nothing can be run to compare it
         for owner, name, value in (
             (AlgorithmSelectorCache, "benchmark", benchmark),
             (GraphLowering, "_compile_to_module", compiled),
