@@ -6,48 +6,31 @@ import importlib.util
 import re
 
 import pytest
-import torch
-from producers import quantized
 from support import run_python
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch._inductor import config as inductor_config
 
+import qfuse
 from qfuse.lowerings.triton.configurations import configurations
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
 import fake_cuda
-
-CAPABILITIES = [80, 89, 90, 100, 120]
-
-
-class Linear(nn.Module):
-    """A linear on CUDA as torchao 0.18 makes it (T9), its activation quantized before, with SiLU and a residual."""
-
-    def __init__(self, k: int, n: int, *, fused: bool = True) -> None:
-        super().__init__()
-        self.register_buffer("weight", quantized(n, k))
-        self.register_buffer("w_scale", torch.rand(n, 1))
-        self.register_buffer("bias", torch.randn(n))  # as freezing leaves it; nothing is frozen here
-        self.fused = fused
-
-    def forward(self, x: Tensor, x_scale: Tensor, residual: Tensor) -> Tensor:
-        """x: [M, K] int8. x_scale: [M, 1]. residual: [M, N]."""
-        sums = torch._int_mm(x, self.weight.t())
-        y = (sums * x_scale.expand(sums.shape)).bfloat16() * self.w_scale.reshape(-1)
-        y = (y + self.bias).bfloat16()
-        return F.silu(y) + residual if self.fused else y
-
-
-def _inputs(m: int, k: int, n: int) -> tuple[Tensor, ...]:
-    return quantized(m, k), torch.rand(m, 1), torch.randn(m, n, dtype=torch.bfloat16)
+import gpu_binary
+import gpu_evidence
+from fake_cuda import Generated
+from gpu_evidence import Linear, inputs
 
 
 def test_numbers() -> None:
     """Bit for bit what the reference computes, at every shape, dtype and option, and nothing is read out of bounds."""
     done = run_python("import triton_numerics, torch\nwith torch.no_grad(): print(triton_numerics.check())")
     assert int(done.stdout.split()[-1]) >= 60
+
+
+def test_numbers_with_tma() -> None:
+    done = run_python("import triton_numerics, torch\nwith torch.no_grad(): print(triton_numerics.check_tma())")
+    assert int(done.stdout.split()[-1]) == 36
 
 
 def test_faults_are_noticed() -> None:
@@ -57,37 +40,70 @@ def test_faults_are_noticed() -> None:
 
 
 @pytest.mark.parametrize("m", [1, 48, 512])
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", fake_cuda.GPUS)
 def test_binary(capability: int, m: int) -> None:
     """No register is spilled, tensor cores multiply integers, and tiles are copied in the background."""
-    generated = fake_cuda.generate(Linear(512, 256), *_inputs(m, 512, 256), capability=capability)
+    generated = fake_cuda.generate(Linear(512, 256), *inputs(m, 512, 256), capability=capability)
     (binary,) = generated.binaries()
     assert binary.stack == 0
     assert binary.shared <= fake_cuda.GPUS[capability].shared[0]
-    assert any(name in binary.instructions for name in ("IMMA", "IGMMA", "UTCIMMA"))
-    assert "LDGSTS" in binary.instructions
+    assert binary.count(gpu_binary.MATRIX)
+    assert binary.count(["LDGSTS"])
+
+
+@pytest.mark.parametrize(("architecture", "m"), [("sm_80", 1), ("sm_90", 512), ("sm_120", 48), ("gfx950", 512)])
+def test_beside_stock_inductor(architecture: str, m: int) -> None:
+    """Of the same tile, with SiLU and a residual: nothing spilled, fewer registers, no fewer blocks at once."""
+    found = gpu_evidence.by_pointers(architecture, m)
+    assert found.fused.stack == 0
+    assert found.fused.registers < found.stock.registers
+    assert found.fused.resident >= found.stock.resident
+
+
+def _measured(k: int, capability: int, *, tma: bool = True, favourite: str = "") -> Generated:
+    """Compile with `max_autotune`, as if what `favourite` is in the name of were the fastest."""
+    with (
+        inductor_config.patch({"max_autotune": True, "triton.enable_persistent_tma_matmul": tma}),
+        qfuse.config.patch(disabled_lowerings=["aten"]),  # lowerings are measured for real
+    ):
+        return fake_cuda.generate(Linear(k, 512), *inputs(512, k, 512), capability=capability, favourite=favourite)
+
+
+@pytest.mark.parametrize(("capability", "matrix"), [(90, "IGMMA"), (100, "IMMA")])
+def test_binary_with_tma(capability: int, matrix: str) -> None:
+    (binary,) = _measured(512, capability, favourite="tma").binaries()
+    assert binary.stack == 0
+    assert binary.shared <= fake_cuda.GPUS[capability].shared[0]
+    assert binary.count(["UTMALDG"])
+    assert binary.count([matrix])
+    assert not binary.count(["LDGSTS"])
+
+
+@pytest.mark.parametrize(
+    ("k", "capability", "tma", "legal"),
+    [(512, 90, True, True), (512, 90, False, False), (520, 90, True, False), (512, 89, True, False)],
+    ids=["legal", "switched off", "rows are not aligned", "no TMA there"],
+)
+def test_tma_is_a_choice_where_it_is_legal(k: int, capability: int, tma: bool, legal: bool) -> None:
+    (choices,) = _measured(k, capability, tma=tma).tuned
+    assert any("tma" in choice for choice in choices) == legal
+    assert any("tma" not in choice for choice in choices)
 
 
 @pytest.mark.parametrize("m", [1, 512])
 def test_structure(m: int) -> None:
     """One kernel: no integer matmul, no int32 tensor."""
-    generated = fake_cuda.generate(Linear(512, 256), *_inputs(m, 512, 256))
+    generated = fake_cuda.generate(Linear(512, 256), *inputs(m, 512, 256))
     assert len(generated.kernels) == 1
     assert "_int_mm" not in re.sub(r"fused__int_mm\w*|#.*", "", generated.source.split("def call(")[1])
     assert "torch.int32" not in generated.source.split("def call(")[1]
 
 
-def test_amd() -> None:
-    generated = fake_cuda.generate(Linear(512, 256), *_inputs(512, 512, 256), capability=80)
-    (kernel,) = generated.kernels.values()
-    assembly = fake_cuda.compile_for_amd(kernel).asm["amdgcn"]
-    assert "v_mfma_i32" in assembly
-    assert re.search(r"\.vgpr_spill_count:\s+0\b", assembly)
-
-
-def test_configurations_fit() -> None:
-    for rows in (1, 16, 17, 64, 65, 4096):
-        for limit in (None, 101376, 166912, 232448):
-            fitting = configurations(rows, limit)
-            assert fitting
-            assert all(c.shared_bytes <= (limit or 49152) for c in fitting)
+@pytest.mark.parametrize("architecture", gpu_evidence.AMD)
+def test_amd(architecture: str) -> None:
+    """As on NVIDIA's; M = 512 only."""
+    tile = configurations(512, 256, 512, gpu_evidence.device(architecture))[0]
+    binary = gpu_evidence.fused(architecture, 512, tile)
+    assert binary.stack == 0
+    assert binary.shared <= gpu_evidence.device(architecture).shared_bytes
+    assert binary.count(["v_mfma_i32"])

@@ -95,9 +95,9 @@ def _check(pointers: Any, mask: Any, what: str) -> None:
 _masked_load, _masked_store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
 
-def _load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+def _load(self: Any, pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
     _check(pointers, mask, "load")
-    return _masked_load(self, pointers, mask, *rest)
+    return _masked_load(self, pointers, mask, *rest, **named)
 
 
 def _store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
