@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
+from pathlib import Path
 
 import pytest
 from support import run_python
@@ -43,7 +45,8 @@ def test_faults_are_noticed() -> None:
 @pytest.mark.parametrize("capability", fake_cuda.GPUS)
 def test_binary(capability: int, m: int) -> None:
     """No register is spilled, tensor cores multiply integers, and tiles are copied in the background."""
-    generated = fake_cuda.generate(Linear(512, 256), *inputs(m, 512, 256), capability=capability)
+    k, n = 512, 4096  # as many columns as the largest tiles are for
+    generated = fake_cuda.generate(Linear(k, n), *inputs(m, k, n), capability=capability)
     (binary,) = generated.binaries()
     assert binary.stack == 0
     assert binary.shared <= fake_cuda.GPUS[capability].shared[0]
@@ -58,6 +61,15 @@ def test_beside_stock_inductor(architecture: str, m: int) -> None:
     assert found.fused.stack == 0
     assert found.fused.registers < found.stock.registers
     assert found.fused.resident >= found.stock.resident
+
+
+def test_evidence_is_of_these_tiles() -> None:
+    """What is written about default configurations is about those of today."""
+    written = (Path(__file__).parent.parent / "docs" / "gpu_evidence.md").read_text()
+    for architecture, m in itertools.product(gpu_evidence.ARCHITECTURES, gpu_evidence.ROWS):
+        tile = configurations(m, gpu_evidence.N, gpu_evidence.K, gpu_evidence.device(architecture))[0]
+        row = f"| {architecture} | {m} | {tile.m}×{tile.n}×{tile.k}, {tile.stages} |"
+        assert row in written, f"docs/gpu_evidence.md has no {row}: run scripts/gpu_evidence"
 
 
 def _measured(k: int, capability: int, *, tma: bool = True, favourite: str = "") -> Generated:
@@ -102,8 +114,8 @@ def test_structure(m: int) -> None:
 @pytest.mark.parametrize("architecture", gpu_evidence.AMD)
 def test_amd(architecture: str) -> None:
     """As on NVIDIA's; M = 512 only."""
-    tile = configurations(512, 256, 512, gpu_evidence.device(architecture))[0]
-    binary = gpu_evidence.fused(architecture, 512, tile)
+    device = gpu_evidence.device(architecture)
+    binary = gpu_evidence.fused(architecture, 512, configurations(512, gpu_evidence.N, gpu_evidence.K, device)[0])
     assert binary.stack == 0
-    assert binary.shared <= gpu_evidence.device(architecture).shared_bytes
+    assert binary.shared <= device.shared_bytes
     assert binary.count(["v_mfma_i32"])
