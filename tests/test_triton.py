@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from support import run_python
+from torch import Tensor
 from torch._inductor import config as inductor_config
 
 import qfuse
@@ -72,18 +73,26 @@ def test_evidence_is_of_these_tiles() -> None:
         assert row in written, f"docs/gpu_evidence.md has no {row}: run scripts/gpu_evidence"
 
 
-def _measured(k: int, capability: int, *, tma: bool = True, favourite: str = "") -> Generated:
-    """Compile with `max_autotune`, as if what `favourite` is in the name of were the fastest."""
+class Sliced(Linear):
+    """Reads K columns of a wider activation, from one that is not at a multiple of 16 bytes."""
+
+    def forward(self, x: Tensor, x_scale: Tensor, residual: Tensor) -> Tensor:
+        """See `Linear`. x: [M, K + 16]."""
+        return super().forward(x.narrow(1, 8, x.shape[1] - 16), x_scale, residual)
+
+
+def _measured(model: Linear, k: int, capability: int, *, tma: bool = True, favourite: str = "") -> Generated:
+    """Compile with `max_autotune`, as if what `favourite` is in the name of were the fastest. k: columns of x."""
     with (
         inductor_config.patch({"max_autotune": True, "triton.enable_persistent_tma_matmul": tma}),
         qfuse.config.patch(disabled_lowerings=["aten"]),  # lowerings are measured for real
     ):
-        return fake_cuda.generate(Linear(k, 512), *inputs(512, k, 512), capability=capability, favourite=favourite)
+        return fake_cuda.generate(model, *inputs(512, k, 512), capability=capability, favourite=favourite)
 
 
 @pytest.mark.parametrize(("capability", "matrix"), [(90, "IGMMA"), (100, "IMMA")])
 def test_binary_with_tma(capability: int, matrix: str) -> None:
-    (binary,) = _measured(512, capability, favourite="tma").binaries()
+    (binary,) = _measured(Linear(512, 512), 512, capability, favourite="tma").binaries()
     assert binary.stack == 0
     assert binary.shared <= fake_cuda.GPUS[capability].shared[0]
     assert binary.count(["UTMALDG"])
@@ -92,12 +101,21 @@ def test_binary_with_tma(capability: int, matrix: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("k", "capability", "tma", "legal"),
-    [(512, 90, True, True), (512, 90, False, False), (520, 90, True, False), (512, 89, True, False)],
-    ids=["legal", "switched off", "rows are not aligned", "no TMA there"],
+    ("model", "k", "capability", "tma", "legal"),
+    [
+        (Linear, 512, 90, True, True),
+        (Linear, 512, 90, False, False),
+        (Linear, 520, 90, True, False),
+        (Sliced, 512, 90, True, False),
+        (Linear, 512, 89, True, False),
+    ],
+    ids=["legal", "switched off", "rows are not aligned", "the first row is not aligned", "no TMA there"],
 )
-def test_tma_is_a_choice_where_it_is_legal(k: int, capability: int, tma: bool, legal: bool) -> None:
-    (choices,) = _measured(k, capability, tma=tma).tuned
+def test_tma_is_a_choice_where_it_is_legal(
+    model: type[Linear], k: int, capability: int, tma: bool, legal: bool
+) -> None:
+    columns = k + 16 if model is Sliced else k
+    (choices,) = _measured(model(k, 512), columns, capability, tma=tma).tuned
     assert any("tma" in choice for choice in choices) == legal
     assert any("tma" not in choice for choice in choices)
 

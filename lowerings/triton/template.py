@@ -115,6 +115,7 @@ def _may_use_tma(x: Any, weight: Any) -> bool:
             sizes.statically_known_equals(t.get_stride()[1], 1)
             and sizes.statically_known_multiple_of(t.get_stride()[0], 16)
             and sizes.statically_known_multiple_of(t.get_size()[1], 16)
+            and sizes.statically_known_multiple_of(t.get_layout().offset, 16)
             and sizes.guard_or_false(sympy.Lt(t.get_size()[0], 2**31))  # coordinates are int32
             for t in (x, weight)
         )
