@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import functools
+import operator
+import re
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -22,6 +26,7 @@ import torch.utils._triton as torch_triton
 from torch import Tensor, nn
 from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
 from torch._inductor import config as inductor_config
+from torch._inductor import graph as inductor_graph
 from torch._inductor import utils as inductor_utils
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.fx_passes import joint_graph, misc_patterns
@@ -32,10 +37,16 @@ from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 from torch._inductor.select_algorithm import AlgorithmSelectorCache
 from torch._inductor.template_heuristics import triton as template_heuristics
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 import qfuse
+import qfuse.constants
+from qfuse.constants import Constants
+from qfuse.inductor import frozen_inputs
+
+_C10 = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
 
 
 @dataclass(frozen=True)
@@ -74,6 +85,21 @@ class Generated:
         (source,) = self.sources
         return source
 
+    @property
+    def calls(self) -> str:
+        """Return the part of the wrapper that allocates and launches, without its comments."""
+        return re.sub(r"#.*", "", self.source.split("def call(")[1].split("\nrunner = ")[0])
+
+    @property
+    def launches(self) -> list[str]:
+        """Return the names of the kernels that a call launches, one after the other."""
+        return re.findall(r"(\w+)\.run\(", self.calls)
+
+    def outputs(self, name: str) -> list[str]:
+        """Return the types of the tensors that a kernel writes, as Triton calls them."""
+        signature = self.kernels[name].triton_meta["signature"]
+        return [kind for argument, kind in signature.items() if re.match(r"(in_)?out_ptr", argument)]
+
     def binaries(self) -> list[gpu_binary.Binary]:
         """Return the compiled kernels."""
         return [
@@ -84,10 +110,17 @@ class Generated:
 
 
 def generate(
-    model: Callable[..., Any], *inputs: Any, capability: int = 90, dynamic: bool = False, favourite: str = ""
+    model: Callable[..., Any],
+    *inputs: Any,
+    capability: int = 90,
+    dynamic: bool = False,
+    freezing: bool = True,
+    binaries: bool = True,
+    favourite: str = "",
 ) -> Generated:
     """Compile `model` for a device that is not there. Parameters, buffers and inputs are CPU tensors.
 
+    binaries: let Triton compile the kernels, which takes as long as all the rest.
     favourite: what the name of a choice contains that is taken for the fastest; else the first is.
     """
     generated = Generated()
@@ -108,6 +141,7 @@ def generate(
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(_device(capability))
+        stack.enter_context(inductor_config.patch(freezing=freezing))
         stack.enter_context(qfuse.config.patch(verify=False))  # nothing can be run to compare it
         for owner, name, value in (
             (AlgorithmSelectorCache, "benchmark", benchmark),
@@ -115,6 +149,8 @@ def generate(
             (GraphLowering, "save_output_code", generated.sources.append),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
+        if not binaries:
+            stack.enter_context(mock.patch.object(CachingAutotuner, "precompile"))
         stack.enter_context(torch.no_grad())
         torch._dynamo.reset()
         if isinstance(model, nn.Module):
@@ -142,14 +178,26 @@ def compile_for_amd(kernel: CachingAutotuner, architecture: str = "gfx942") -> A
 
 
 def _move(module: nn.Module) -> None:
+    done: dict[Tensor, Tensor] = {}  # tied weights stay one
     for one in module.modules():
         for tensors in (one._parameters, one._buffers):
-            tensors.update({name: _moved(t) for name, t in tensors.items() if t is not None})
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    tensors[name] = done[tensor] if tensor in done else done.setdefault(tensor, _moved(tensor))
 
 
 def _moved(tensor: Tensor) -> Tensor:
-    moved = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda:0")
-    return nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
+    """Return a fake tensor on CUDA, which remembers the one on the CPU."""
+    moved: Any
+    if is_traceable_wrapper_subclass(tensor):  # a quantized weight of torchao's, made of several tensors
+        names, context = tensor.__tensor_flatten__()
+        inner = {name: _moved(getattr(tensor, name)) for name in names}
+        moved = type(tensor).__tensor_unflatten__(inner, context, tensor.shape, tensor.stride())
+    else:
+        moved = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda:0")
+        moved.on_cpu = tensor
+    moved._is_param = isinstance(tensor, nn.Parameter)  # `nn.Parameter` would make another tensor
+    return moved
 
 
 def _properties(capability: int) -> Any:
@@ -273,6 +321,7 @@ def _device(capability: int) -> Iterator[None]:
         "raise_if_triton_unavailable": None,
     }
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_device_guard())
 
         def patch(owner: Any, name: str, value: Any) -> None:
             stack.enter_context(mock.patch.object(owner, name, value, create=True))
@@ -284,15 +333,21 @@ def _device(capability: int) -> Iterator[None]:
         if torch.version.cuda is None:
             patch(torch.version, "cuda", "13.0")
         patch(torch._C, "_cuda_getCurrentRawStream", always(0))
+        # What Inductor and qfuse read of constants they read of CPU tensors.
+        for owner, name in ((joint_graph.UniformValueConstantFolder, "_deduce_value"), (Constants, "_evaluate")):
+            patch(owner, name, _on_cpu(getattr(owner, name)))
+        patch(inductor_graph, "is_same_tensor", operator.is_)  # fake tensors have one address, which is 0
+        patch(qfuse.constants, "frozen_inputs", lambda g: {n: v.on_cpu for n, v in frozen_inputs(g).items()})
         patch(FakeTensorMode, "avoid_device_init", property(always(True)))
         patch(triton_helpers, "set_driver_to_gpu", always(None))
         stack.enter_context(
             inductor_config.patch(
-                freezing=False,  # of fake parameters there is nothing to freeze
+                always_keep_tensor_constants=True,  # small ones would become numbers in the code
                 compile_threads=1,
                 fx_graph_cache=False,
                 use_static_triton_launcher=False,
                 benchmark_epilogue_fusion=False,
+                shape_padding=False,  # measures whether padding pays
                 autotune_local_cache=False,
                 autotune_in_subproc=False,
             )
@@ -306,6 +361,39 @@ def _device(capability: int) -> Iterator[None]:
         finally:
             driver._active = before
             _forget()
+
+
+@contextlib.contextmanager
+def _device_guard() -> Iterator[None]:
+    """Let C++ guard CUDA devices by what guards meta tensors: nothing.
+
+    A build of torch without CUDA has no guard for it, and methods like `Tensor.contiguous` ask for one first.
+    """
+    cuda, meta = 1, 14  # of c10::DeviceType
+    guards = (ctypes.c_void_p * (meta + 1)).in_dll(_C10, "_ZN3c104impl26device_guard_impl_registryE")
+    missing = guards[cuda] is None
+    guards[cuda] = guards[meta] if missing else guards[cuda]
+    try:
+        yield
+    finally:
+        guards[cuda] = None if missing else guards[cuda]
+
+
+class _OnCpu(TorchDispatchMode):
+    """Makes new tensors on the CPU, wherever they are wanted."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **({**kwargs, "device": "cpu"} if kwargs and "device" in kwargs else kwargs or {}))
+
+
+def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a function that computes constants of a graph compute them on the CPU."""
+
+    def computed(*args: Any) -> Any:
+        with _OnCpu():
+            return function(*args)
+
+    return computed
 
 
 @functools.cache
