@@ -1,4 +1,4 @@
-"""The Inductor lowering of `qfuse::quantize_rows` on CPU: one C++ kernel, which reads each row from memory once."""
+"""The Inductor lowerings of `qfuse::quantize_rows`; on CPU one C++ kernel, which reads each row from memory once."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch._inductor.lowering import fallback_handler, register_lowering
 from torch._inductor.utils import Placeholder, parallel_num_threads
 from torch._inductor.virtualized import V
 
+from qfuse.lowerings import quantize_rows_inductor
 from qfuse.quantize_op import quantize_rows_reference  # noqa: F401  registers the op
 from qfuse.row_program import COMPARISONS, REDUCTIONS, Instruction, Operand, Ref, RowProgram
 
@@ -38,6 +39,8 @@ _EXACT = ("neg", "abs", "round", "minimum", "maximum", "where")
 def quantize_rows(v: Any, program: str) -> list[ir.TensorBox]:
     """Lower `qfuse::quantize_rows`; by the reference, if that fails."""
     try:
+        if v.get_device().type != "cpu":
+            return quantize_rows_inductor.lower(v, RowProgram.parse(program))
         return _kernel(v, program)
     except Exception:
         log.warning("the quantization kernel failed, eager runs instead. Please report this.", exc_info=True)

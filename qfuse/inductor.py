@@ -40,6 +40,7 @@ __all__ = [
     "installed_passes",
     "is_traced",
     "is_training_graph",
+    "overridden",
     "real_tensors",
     "remove_pass",
     "statically_known_true",
@@ -207,12 +208,12 @@ def compile_like_inductor(
     kwargs: dict[str, Any] = {} if inner_compile is None else {"inner_compile": inner_compile}
     from torch._inductor.compile_fx import compile_fx  # heavy: only when something is compiled
 
-    with _overridden(ours):
+    with overridden(ours):
         return cast(Callable[..., Any], compile_fx(gm, example_inputs, config_patches=chosen, **kwargs))
 
 
 @contextmanager
-def _overridden(values: dict[str, Any]) -> Iterator[None]:
+def overridden(values: dict[str, Any]) -> Iterator[None]:
     """Set options in this thread for a while; those that were unset are unset afterwards.
 
     `config.patch` leaves the previous value behind as if the user had set it, and would hide later changes of defaults.
@@ -237,7 +238,7 @@ def _forget_cached_options(names: Iterable[str]) -> None:
 
 def freezing() -> AbstractContextManager[None]:
     """Freeze in this thread for a while, unless the user has decided about freezing himself."""
-    return _overridden(_freezing_unless_decided())
+    return overridden(_freezing_unless_decided())
 
 
 def _freezing_unless_decided() -> dict[str, Any]:
@@ -266,7 +267,7 @@ def compile_frozen_graph(
         V.set_fake_mode(fake_mode),
         V.set_aot_compilation(False),
         torch._guards.tracing(context),
-        _overridden(options),
+        overridden(options),
     ):
         with fake_mode, mock.patch.object(fake_mode, "allow_non_fake_inputs", True):
             FakeTensorProp(gm, fake_mode).propagate_dont_convert_inputs(*fakes)

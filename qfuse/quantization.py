@@ -177,7 +177,7 @@ def _slice(quantized: Sequence[Node], source: Node, order: dict[Node, int]) -> l
 
 def _rewrite(source: Node, quantized: list[Node], order: dict[Node, int]) -> Decline | None:
     value = fake_value(source)
-    if value.device.type != "cpu" or value.dtype not in _FLOATS or value.dim() < 2:
+    if value.device.type not in ("cpu", "cuda") or value.dtype not in _FLOATS or value.dim() < 2:
         return Decline(f"no kernel for {value.dtype} of {value.dim()} dimensions on {value.device.type}", source)
     if not isinstance(value.shape[-1], int):
         return Decline("the length of a row is symbolic", source)

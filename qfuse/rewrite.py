@@ -30,6 +30,9 @@ from qfuse.reasons import Decline
 
 aten, prims, ops = torch.ops.aten, torch.ops.prims, torch.ops.qfuse
 
+#: Converting these to float32 is exact.
+_NARROW_FLOATS = (torch.bfloat16, torch.float16)
+
 
 class Emitter:
     """Inserts nodes in front of one node, computes their fake values, and can take all of them back."""
@@ -168,7 +171,14 @@ class _Rewriter:
             else:
                 rows.append(of_rows)
                 columns.append(of_columns or self._one())
-        return bias, rows, columns
+        return bias and self._unconverted(bias), rows, columns
+
+    def _unconverted(self, bias: Node) -> Node:
+        """Return what `bias` was converted from, where freezing does not fold it: lowerings convert what they read."""
+        if bias.target is prims.convert_element_type.default and bias not in self.constants:
+            (source,) = bias.all_input_nodes
+            return source if fake_value(source).dtype in _NARROW_FLOATS and source not in self.constants else bias
+        return bias
 
     def _by_side(self, product: Product) -> tuple[Node | None, Node | None]:
         """Multiply the factors of rows, and those of columns, to a float32 vector each; None where there are none.

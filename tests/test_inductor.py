@@ -54,7 +54,7 @@ def test_options_are_per_thread_with_a_default_for_all() -> None:
         with ThreadPoolExecutor() as pool:
             return pool.submit(lambda: inductor_config.benchmark_kernel).result()
 
-    with inductor._overridden({"benchmark_kernel": not default}):
+    with inductor.overridden({"benchmark_kernel": not default}):
         assert inductor_config.benchmark_kernel is not default
         assert in_another_thread() is default
     try:
@@ -68,7 +68,7 @@ def test_overridden_leaves_no_trace() -> None:
     variable = inductor_config._config["max_autotune"].user_override
     before = variable.get()
     config_hash = inductor_config.get_hash()
-    with inductor._overridden({"max_autotune": True}):
+    with inductor.overridden({"max_autotune": True}):
         assert inductor_config.max_autotune
         assert inductor_config.get_hash() != config_hash
     assert variable.get() is before

@@ -21,7 +21,7 @@ from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize
 from transformers import BertConfig, BertModel
 
 import qfuse
-from qfuse.lowerings import quantize_rows
+from qfuse.lowerings import quantize_rows, quantize_rows_inductor
 from qfuse.row_program import RowProgram
 
 aten, ops = torch.ops.aten, torch.ops.qfuse
@@ -345,6 +345,22 @@ def test_without_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
         torch._dynamo.reset()
         model = Kernels(_programs_of(dtype)[-3:])
         _assert_same_bits(torch.compile(model), model, _rows(17, 67, dtype))
+
+
+def test_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program, as it is lowered on GPUs, is what Inductor makes of its operators; here it makes C++ of both."""
+    monkeypatch.setattr(
+        quantize_rows, "_kernel", lambda v, text: quantize_rows_inductor.lower(v, RowProgram.parse(text))
+    )
+    model = Kernels(_programs_of(torch.bfloat16)[::4])
+    operators = [RowProgram.parse(program) for program in model.programs]
+    v = _rows(17, 67, torch.bfloat16)
+    lowered, plain = torch.compile(lambda v: (model(v), [run(v) for run in operators]))(v)
+    assert len(lowered) == len(plain) >= 3
+    for ours, theirs in zip(lowered, plain, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert a.dtype is b.dtype
+            assert torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 def test_strides() -> None:
