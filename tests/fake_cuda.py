@@ -37,6 +37,7 @@ from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 from torch._inductor.select_algorithm import AlgorithmSelectorCache
 from torch._inductor.template_heuristics import triton as template_heuristics
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -135,14 +136,7 @@ def generate(
         generated.tuned.append([f"{choice.name}: {choice.description}" for choice in choices])
         return {choice: i + 1.0 + 1e6 * (favourite not in choice.name) for i, choice in enumerate(choices)}
 
-    def backend(gm: Any, example_inputs: Any) -> Any:
-        compile_fx(gm, example_inputs)
-        return gm.forward  # on fake tensors: shapes only
-
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_device(capability))
-        stack.enter_context(inductor_config.patch(freezing=freezing))
-        stack.enter_context(qfuse.config.patch(verify=False))  # nothing can be run to compare it
         for owner, name, value in (
             (AlgorithmSelectorCache, "benchmark", benchmark),
             (GraphLowering, "_compile_to_module", compiled),
@@ -151,7 +145,43 @@ def generate(
             stack.enter_context(mock.patch.object(owner, name, value))
         if not binaries:
             stack.enter_context(mock.patch.object(CachingAutotuner, "precompile"))
-        stack.enter_context(torch.no_grad())
+        _compile(model, inputs, compile_fx, capability=capability, dynamic=dynamic, freezing=freezing)
+    return generated
+
+
+def trace(model: Callable[..., Any], *inputs: Any, capability: int = 90, dynamic: bool = False) -> list[str]:
+    """Run the passes on a model's graphs, without code generation; return the operators that are left."""
+    operators: list[str] = []
+
+    def note(gm: GraphModule, example_inputs: Any, **unused: Any) -> Any:
+        operators.extend(str(node.target) for node in gm.graph.nodes if node.op == "call_function")
+        return gm.forward
+
+    _compile(model, inputs, functools.partial(compile_fx, inner_compile=note), capability=capability, dynamic=dynamic)
+    return operators
+
+
+def _compile(
+    model: Callable[..., Any],
+    inputs: Sequence[Any],
+    compile_graph: Callable[..., Any],
+    *,
+    capability: int,
+    dynamic: bool,
+    freezing: bool = True,
+) -> None:
+    """Hand a model's graphs to `compile_graph`, as dynamo makes them of tensors on the device."""
+
+    def backend(gm: GraphModule, example_inputs: Any) -> Any:
+        compile_graph(gm, example_inputs)
+        return gm.forward  # on fake tensors: shapes only
+
+    with (
+        _device(capability),
+        inductor_config.patch(freezing=freezing),
+        qfuse.config.patch(verify=False),  # nothing can be run to compare it
+        torch.no_grad(),
+    ):
         torch._dynamo.reset()
         if isinstance(model, nn.Module):
             model = copy.deepcopy(model).eval()
@@ -160,7 +190,6 @@ def generate(
                 _move(model)
             fakes = [_moved(i) if isinstance(i, Tensor) else i for i in inputs]
             torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)(*fakes)
-    return generated
 
 
 def compile_for_amd(kernel: CachingAutotuner, architecture: str = "gfx942") -> Any:

@@ -149,7 +149,7 @@ class T6(Written):
     def forward(self, q: Tensor, xs: Tensor) -> Tensor:
         m = q.reshape(-1, self.k).shape[0]
         y = torch._int_mm(q.reshape(-1, self.k), self.w.t()).to(self.dtype) * xs.reshape(-1, 1).expand(-1, self.n)
-        y = y - torch.full((m, 1), 0.0) * xs.reshape(-1, 1) * self.w.sum(-1).to(self.dtype)
+        y = y - torch.full((m, 1), 0.0, device=q.device) * xs.reshape(-1, 1) * self.w.sum(-1).to(self.dtype)
         return self.plus_bias((y * self.ws).to(self.dtype).reshape(*q.shape[:-1], self.n))
 
 
@@ -184,7 +184,7 @@ class T17(T2):
 
     def __init__(self, n: int, k: int, dtype: torch.dtype, bias: bool) -> None:
         super().__init__(n, k, dtype, bias)
-        self.w_t = self.w.t().contiguous()
+        self.register_buffer("w_t", self.w.t().contiguous())
 
     def forward(self, q: Tensor, xs: Tensor) -> Tensor:
         y = torch._int_mm(q.reshape(-1, self.k), self.w_t).to(self.dtype) * xs.reshape(-1, 1) * self.ws
