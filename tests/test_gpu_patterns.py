@@ -16,7 +16,6 @@ if importlib.util.find_spec("triton") is None:
 
 import fake_cuda
 
-
 #: Those that are emitted on CUDA; of the others too, the algebra has to match there.
 ON_CUDA = [row for row in ROWS if row.name in ("T3", "T9", "T18", "P1/P2", "T7-torchao", "T10-torchao", "T14-torchao")]
 
