@@ -9,6 +9,11 @@ from torch._inductor import config as inductor_config
 import qfuse
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Say what marks mean."""
+    config.addinivalue_line("markers", "gpu: runs on a GPU; skipped where there is none")
+
+
 @pytest.fixture(autouse=True)
 def _clean_state() -> Iterator[None]:
     """Each test starts with nothing compiled, no statistics, the same random numbers, and no gradients.
