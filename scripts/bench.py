@@ -73,6 +73,7 @@ def parse_options() -> argparse.Namespace:
     linear.add_argument(
         "--shapes", nargs="+", default=[], metavar="MxKxN", help="other shapes; those with M = 1 make decode chains"
     )
+    linear.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where (default: cpu)")
     linear.add_argument("--quantized", action="store_true", help="only with the activation quantized before")
     linear.add_argument("--dynamic", action="store_true", help="only with torchao's dynamic quantization inside")
     linear.add_argument(

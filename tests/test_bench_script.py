@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,39 @@ def test_linear(dtype: torch.dtype, tmp_path: Path) -> None:
     assert [table.row_count for table in linear_tables(run.cases)] == [len(names) + 3] * 4
     plot(run.cases, run.summary, tmp_path / "linear.svg")
     assert (tmp_path / "linear.svg").stat().st_size
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: it would be measured")
+def test_no_gpu(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """One sentence says what is missing and what to do, and nothing is measured."""
+    command = [sys.executable, "scripts/bench.py", "linear", "--device", "cuda", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=request.config.rootpath, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("qfuse: --device cuda needs a ")
+    assert line.endswith("and run this again.")
+    assert not done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_linear_on_gpus() -> None:
+    """All but the device: what is measured on a GPU runs on the CPU, where qfuse has no lowering that is for GPUs."""
+    from benchmarks.linear import Settings
+    from benchmarks.linear_gpu import INT_MM, measure
+    from benchmarks.linear_modules import Shape
+    from benchmarks.report import linear_tables
+    from benchmarks.results import BF16, STOCK
+
+    settings = Settings((Shape(24, 64, 48),), modes=("quantized",), decode=False, gelu=False, rounds=2)
+    (case,) = measure(settings, device="cpu")
+    by_name = {engine.engine: engine for engine in case.engines}
+    assert "no lowering" in by_name.pop("int8, qfuse triton").absent
+    assert {STOCK, f"{STOCK}, max-autotune", "int8, not compiled", INT_MM, BF16} <= by_name.keys()
+    for name, engine in by_name.items():
+        assert len(engine.seconds) == 2, engine
+        assert name == INT_MM or (engine.error is not None and engine.error < 0.05)
+    (table,) = linear_tables([case])
+    assert table.row_count == len(case.engines) + 1
 
 
 def test_decode_continues_prefill() -> None:

@@ -31,9 +31,9 @@ class Compiled:
         return tuple(dict.fromkeys(match.lowering for match in self.report.matches))
 
 
-def lowering_names() -> list[str]:
-    """Return the lowerings that there are for CPUs, the preferred one first."""
-    return [provider.name for provider in INT8_LINEAR["cpu"]]
+def lowering_names(device: str = "cpu") -> list[str]:
+    """Return the lowerings that there are for a type of device, the preferred one first."""
+    return [provider.name for provider in INT8_LINEAR[device]]
 
 
 def compile_model(
@@ -42,11 +42,12 @@ def compile_model(
     *,
     fuse: bool,
     only_lowering: str | None = None,
+    max_autotune: bool = False,
     backend: str = "inductor",
 ) -> Compiled:
     """Compile `model` with weights frozen, by calling it once.
 
-    fuse: with qfuse. only_lowering: with the other lowerings disabled.
+    fuse: with qfuse. only_lowering: with the other lowerings disabled. max_autotune: let Inductor measure its choices.
     backend: dynamo's name for another compiler.
     """
 
@@ -54,10 +55,11 @@ def compile_model(
     def run(*args: Any) -> Any:
         return model(*args)
 
-    disabled = [name for name in lowering_names() if name != only_lowering] if only_lowering else []
+    every = [provider.name for providers in INT8_LINEAR.values() for provider in providers]
+    disabled = [name for name in every if name != only_lowering] if only_lowering else []
     compiled = torch.compile(run, backend=backend)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch._inductor.config.patch(freezing=True))
+        stack.enter_context(torch._inductor.config.patch(freezing=True, max_autotune=max_autotune))
         stack.enter_context(qfuse.config.patch(disabled_lowerings=disabled))
         matches, misses = stack.enter_context(recording())
         stack.enter_context(_fusing(fuse))

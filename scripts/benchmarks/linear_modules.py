@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -44,17 +43,19 @@ class Subject:
     """One thing to measure, as an int8 model and as a bf16 model, each with its inputs.
 
     operations: integer operations of the matmuls. traffic: bytes of weights, activations and results of the int8 model,
-    each moved once. weights: bytes of the int8 weights alone.
+    each moved once. weights: bytes of the int8 weights alone. int8_weights: [N, K] each, where the
+    activations are quantized before.
     """
 
-    int8: Callable[..., Any]
+    int8: nn.Module
     int8_inputs: tuple[Tensor, ...]
-    bf16: Callable[..., Any]
+    bf16: nn.Module
     bf16_inputs: tuple[Tensor, ...]
     reference: Tensor
     operations: int
     traffic: int
     weights: int
+    int8_weights: list[Tensor] = field(default_factory=list)
 
 
 class QuantizedLinear(nn.Module):
@@ -117,10 +118,15 @@ def dequantized(x: Tensor, x_scale: Tensor) -> Tensor:
     return (x.float() - (ZERO_POINT if x.dtype is torch.uint8 else 0)) * x_scale
 
 
-def quantized_outside(shapes: list[Shape], dtype: torch.dtype, *, bias: bool, gelu: bool) -> Subject:
-    """Return a linear whose activation is quantized already, or several, each with an activation of its own."""
+def quantized_outside(
+    shapes: list[Shape], dtype: torch.dtype, *, bias: bool, gelu: bool, x_dtype: torch.dtype | None = None
+) -> Subject:
+    """Return a linear whose activation is quantized already, or several, each with an activation of its own.
+
+    x_dtype: None for the signedness that the CPU is fast in.
+    """
     linears = [QuantizedLinear(s.k, s.n, dtype, bias=bias, gelu=gelu) for s in shapes]
-    inputs = [quantized_rows(s.m, s.k, activation_dtype()) for s in shapes]
+    inputs = [quantized_rows(s.m, s.k, x_dtype or activation_dtype()) for s in shapes]
     floats = [dequantized(*pair) for pair in inputs]
     reference = [linear.in_floats(torch.float32)(x) for linear, x in zip(linears, floats, strict=True)]
     return Subject(
@@ -130,6 +136,7 @@ def quantized_outside(shapes: list[Shape], dtype: torch.dtype, *, bias: bool, ge
         tuple(x.bfloat16() for x in floats),
         flattened(reference),
         *_sizes(shapes, x_bytes=1, out=dtype),
+        [linear.weight for linear in linears],
     )
 
 
@@ -148,6 +155,18 @@ def quantized_inside(shapes: list[Shape], dtype: torch.dtype, *, bias: bool, gel
     inputs = (x.to(dtype),)
     sizes = _sizes(shapes, x_bytes=dtype.itemsize, out=dtype)
     return Subject(int8_model, inputs, bf16_model, (x.bfloat16(),), flattened(reference), *sizes)
+
+
+def moved(subject: Subject, device: str) -> Subject:
+    """Return `subject` on a device; the reference stays where it is."""
+    return replace(
+        subject,
+        int8=subject.int8.to(device),
+        int8_inputs=tuple(tensor.to(device) for tensor in subject.int8_inputs),
+        bf16=subject.bf16.to(device),
+        bf16_inputs=tuple(tensor.to(device) for tensor in subject.bf16_inputs),
+        int8_weights=[weight.to(device) for weight in subject.int8_weights],
+    )
 
 
 def flattened(results: Any) -> Tensor:

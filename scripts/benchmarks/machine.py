@@ -31,6 +31,7 @@ class Machine:
     """What decides how fast things are.
 
     caches: level → size, of the first core. isa_limit: what oneDNN is limited to. load_average: of 1, 5 and 15 minutes.
+    gpu: its name, or "".
     """
 
     cpu: str
@@ -48,6 +49,7 @@ class Machine:
     commit: str
     date: str
     load_average: tuple[float, ...]
+    gpu: str
 
     def summary(self) -> str:
         """Return two lines for people."""
@@ -56,7 +58,7 @@ class Machine:
         limit = f", limited to {self.isa_limit}" if self.isa_limit else ""
         return (
             f"{self.cpu}{' (virtual machine)' if self.virtual else ''}, {self.logical_cpus} CPUs "
-            f"({' '.join(self.flags)}{limit}), {caches}, {self.memory_gib:.0f} GiB\n"
+            f"({' '.join(self.flags)}{limit}), {caches}, {self.memory_gib:.0f} GiB{self.gpu and f', {self.gpu}'}\n"
             f"torch {self.torch}, {self.compiler}, Python {self.python}, commit {self.commit}, {self.date}, "
             f"load average {load}"
         )
@@ -86,6 +88,7 @@ def describe() -> Machine:
         commit=_commit(),
         date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         load_average=os.getloadavg(),
+        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else "",
     )
 
 

@@ -23,11 +23,15 @@ QUIET = 0.3  # load average of a machine on which nothing else runs
 
 def run(options: argparse.Namespace, arguments: list[str]) -> int:
     """Do what the command line says, and return the exit status."""
+    on_gpu = getattr(options, "device", "cpu") == "cuda"  # of `linear` alone
+    if on_gpu and (missing := missing_gpu()):
+        print(f"qfuse: {missing}", file=sys.stderr)
+        return 1
     before = os.getloadavg()[0]  # before our own processes add to it
     runs: list[Run] = []
     failed = 0
     with tempfile.TemporaryDirectory() as directory:
-        for threads in options.threads:
+        for threads in options.threads if not on_gpu else [1]:  # a GPU does not care
             results = Path(directory, f"{threads}.json")
             if status := _worker(threads, results, options.isa, arguments):
                 print(f"qfuse: the process that measured {threads} threads ended with {status}.", file=sys.stderr)
@@ -38,6 +42,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     if before > QUIET:
         runs[0].notes.append(f"Other processes were running (load average {before:.2f}): these times mean little.")
     name = options.command if options.isa == "native" else f"{options.command}_{options.isa}"
+    name += "_cuda" * on_gpu
     save(runs, options.out / f"{name}.json")
     cases = [case for run in runs for case in run.cases]
     screen = Console()
@@ -48,6 +53,22 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     plot(cases, runs[0].summary, options.out / f"{name}.svg")
     print(f"written to {options.out}: {name}.json, {name}.txt, {name}.svg")
     return failed
+
+
+def missing_gpu() -> str:
+    """Return why there is nothing to measure with `--device cuda`, and what to do, or ''."""
+    import torch
+
+    if torch.cuda.is_available():
+        return ""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return (
+            f"--device cuda needs a build of torch for GPUs, and torch {torch.__version__} is none: "
+            "install one of the same version into .venv, as CONTRIBUTING.md tells, and run this again."
+        )
+    return (
+        "--device cuda needs a GPU, and torch finds none: see that nvidia-smi (rocm-smi) lists one, and run this again."
+    )
 
 
 def _worker(threads: int, results: Path, isa: str, arguments: list[str]) -> int:

@@ -41,7 +41,7 @@ def linear_tables(cases: Sequence[Case]) -> Iterable[Table]:
             for i, engine in enumerate(case.engines):
                 table.add_row(case.title if i == 0 else "", *_linear_row(case, engine))
             rates = ", ".join(f"{name} {_rate(name, values)}" for name, values in case.rates.items())
-            table.add_row("", f"[dim]at best: {rates}[/dim]", end_section=True)
+            table.add_row("", f"[dim]at best: {rates}[/dim]" if rates else "", end_section=True)
         yield table
 
 

@@ -20,15 +20,17 @@ def alternate(
     rounds: int,
     *,
     probes: Mapping[str, Callable[[], float]] | None = None,
+    wait: Callable[[], object] = lambda: None,
 ) -> tuple[list[list[float]], dict[str, list[float]]]:
     """Time the calls in rounds, so that whatever else the machine does falls on all of them.
 
     probes: what the machine can do at best, measured once in each round.
+    wait: returns when the device is done with what it was given.
 
     Returns:
         the seconds of each call, round by round, and the rates of each probe.
     """
-    samplers = [Sampler(call) for call in calls]
+    samplers = [Sampler(call, wait=wait) for call in calls]
     seconds: list[list[float]] = [[] for _ in calls]
     rates: dict[str, list[float]] = {name: [] for name in probes or {}}
     for done in range(rounds):
@@ -47,8 +49,10 @@ class Sampler:
     timed, which brings caches back into the state that the repeated call leaves them in.
     """
 
-    def __init__(self, call: Call, sample_seconds: float = SAMPLE_SECONDS) -> None:
-        self._call = call
+    def __init__(
+        self, call: Call, sample_seconds: float = SAMPLE_SECONDS, wait: Callable[[], object] = lambda: None
+    ) -> None:
+        self._call, self._wait = call, wait
         for _ in range(WARM_UP_CALLS):
             call()
         self._repeats = 1
@@ -57,9 +61,11 @@ class Sampler:
     def sample(self) -> float:
         """Return the seconds of a call."""
         self._call()
+        self._wait()
         start = time.perf_counter()
         for _ in range(self._repeats):
             self._call()
+        self._wait()
         return (time.perf_counter() - start) / self._repeats
 
 

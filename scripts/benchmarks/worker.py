@@ -90,6 +90,11 @@ def _linear(options: argparse.Namespace, threads: int, run: Any) -> Iterable[Any
         memory_bytes=options.memory * 2**20,
         profile=options.profile,
     )
+    if options.device == "cuda":
+        from benchmarks import linear_gpu
+
+        run.notes += linear_gpu.NOTES
+        return linear_gpu.measure(settings, Say(threads))
     run.notes += linear.notes(settings)
     return linear.measure(settings, Say(threads))
 
