@@ -28,9 +28,9 @@ disabled_patterns: list[str] = _names("QFUSE_DISABLED_PATTERNS")
 # Names of lowerings that are not chosen, e.g. ["onednn"]. In the environment: QFUSE_DISABLED_LOWERINGS.
 disabled_lowerings: list[str] = _names("QFUSE_DISABLED_LOWERINGS")
 
-# Make one kernel of the dynamic quantization in front of fused linears on CPU (see `qfuse.quantization`). Otherwise it
-# is left to Inductor, which reads the activation twice, for the scale and for the integers, and computes twice what it
-# fuses into that. Environment variable: QFUSE_FUSE_QUANTIZATION=0.
+# Make one kernel of the dynamic quantization in front of fused linears (see `qfuse.quantization`). Otherwise it is left
+# to Inductor. On CPU that reads the activation twice, for the scale and for the integers, and computes twice what it
+# fuses into that; on GPUs it makes three kernels of few long rows. Environment variable: QFUSE_FUSE_QUANTIZATION=0.
 fuse_quantization: bool = Config(default=True, env_name_default="QFUSE_FUSE_QUANTIZATION")
 
 # Make one kernel of linears that share an activation, like query, key and value, on CPU (see `qfuse.grouping`).

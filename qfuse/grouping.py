@@ -3,6 +3,9 @@
 Query, key and value read the same quantized activation. Together they are one kernel instead of three, with more
 columns to share among threads, which counts most where there are few rows. A linear that a pointwise operator follows
 stays alone, because Inductor fuses that into the kernel of a linear, but not into a slice of it.
+
+Only packed weights are joined, which are those on CPU. On a GPU it would be a guess: launches saved against slices that
+what follows has to read with strides, and nobody has measured which is more.
 """
 
 from __future__ import annotations
