@@ -14,7 +14,7 @@ from pathlib import Path
 
 import jinja2
 import rich.box
-from command_line import silence
+from command_line import at_least, silence
 from rich.console import Console
 from rich.table import Table
 
@@ -127,7 +127,13 @@ def main() -> None:
         metavar="ARCHITECTURE",
         help="only these, and write nothing: " + " ".join(ARCHITECTURES),
     )
-    wanted = parser.parse_args().architectures or list(ARCHITECTURES)
+    parser.add_argument(
+        "--size", nargs=2, type=at_least(32), metavar=("K", "N"), help="of this weight, and write nothing"
+    )
+    arguments = parser.parse_args()
+    wanted = arguments.architectures or list(ARCHITECTURES)
+    if arguments.size:
+        gpu_evidence.K, gpu_evidence.N = arguments.size
     if unknown := set(wanted) - set(ARCHITECTURES):
         parser.error(f"not among the architectures: {', '.join(sorted(unknown))}")
     console = Console() if sys.stdout.isatty() else Console(width=160)
@@ -142,7 +148,7 @@ def main() -> None:
     show(console, "by pointers, as by default: qfuse / stock Inductor", pointers)
     show(console, "by TMA", tma)
     console.print(f"{compiled} kernels of all configurations, {len(spills)} of them spill", *spills, sep="\n")
-    if wanted == list(ARCHITECTURES):
+    if wanted == list(ARCHITECTURES) and not arguments.size:
         environment = jinja2.Environment(
             trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
         )

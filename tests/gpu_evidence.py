@@ -27,7 +27,7 @@ from qfuse.lowerings.triton import template
 from qfuse.lowerings.triton.configurations import Configuration, Device, configurations, tma_configurations
 
 ROWS = (1, 48, 512)
-K = N = 4096
+K = N = 4096  # scripts/gpu_evidence sets others
 
 #: AMD's, as Inductor would see them.
 AMD = {"gfx942": Device(64 << 10, 304), "gfx950": Device(160 << 10, 256)}
@@ -89,7 +89,7 @@ def by_tma(architecture: str, m: int) -> Evidence:
 
 def fused(architecture: str, m: int, tile: Configuration, *, with_tma: bool = False) -> Binary:
     """Compile qfuse's kernel of that tile."""
-    options = {"NUM_SMS": device(architecture).multiprocessors} if with_tma else {"EVEN_K": True}
+    options = {"NUM_SMS": device(architecture).multiprocessors} if with_tma else {"EVEN_K": K % tile.k == 0}
     candidate = (template._BY_TMA if with_tma else template._BY_POINTERS, tile, options)
     with mock.patch.object(template, "_candidates", return_value=[candidate]):
         return _compiled(architecture, m)
