@@ -260,9 +260,16 @@ class _Code:
         if dtype.is_floating_point or dtype in (torch.bool, torch.int64):
             return value
         element = index in self._program.elements
-        if element and (dtype is torch.int32 or index in self._ranges):
+        if element and (dtype is torch.int32 or index in self._ranges or self._is_low_byte_enough(index)):
             return value  # NaN is no integer of that range, but only its low byte is stored
         return f"q::wrapped<{DTYPE_TO_CPP[dtype]}>({value})"
+
+    def _is_low_byte_enough(self, index: int) -> bool:
+        """Tell whether an element is only stored as a byte, or computed with modulo 256."""
+        users = [one for one in self._program.instructions if index in one.refs]
+        return self._dtype(index).itemsize == 1 and all(
+            one.op in ("add", "sub", "mul") and one.dtype.itemsize == 1 for one in users
+        )
 
     def _rounded_source(self, index: int) -> int | None:
         """Of a conversion to integers, return what is rounded in front of it, with clamps to integers between.

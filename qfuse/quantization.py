@@ -54,6 +54,7 @@ _NAMES: dict[Target, str] = {
     aten.clamp_max.Tensor: "minimum",
     aten.where.self: "where",
     prims.convert_element_type.default: "convert",
+    aten.view.dtype: "convert",  # of bytes to bytes, see `_is_readable`
     **{getattr(getattr(aten, name), overload): name for name in COMPARISONS for overload in ("Tensor", "Scalar")},
 }
 _LITERALS = (aten.full.default, aten.scalar_tensor.default)
@@ -134,6 +135,8 @@ def _columns(node: Node) -> Dim:
 
 
 def _is_readable(node: Node) -> bool:
+    if node.target is aten.view.dtype:  # converting between these two keeps the bits
+        return all(fake_value(n).dtype in _QUANTIZED for n in (node, *node.all_input_nodes))
     return node.op == "call_function" and (
         node.target in _NAMES
         or node.target is aten.clamp.default
@@ -316,7 +319,7 @@ class _Reader:
         if node.target is aten.clamp.default:
             return self._read_clamp(node)
         name = _NAMES.get(node.target)
-        if name is None:
+        if name is None or not _is_readable(node):
             return Decline(f"{name_of(node)} is no arithmetic on elements and rows", node)
         if node.kwargs:
             return Decline(f"{name_of(node)} has options", node)

@@ -148,15 +148,15 @@ class _Rewriter:
     def _activation(self, dtype: torch.dtype) -> tuple[Node, int]:
         """Return the activation, [M, K], and its zero point, in the signedness that the lowering is fast in.
 
-        x + 128 maps int8 onto uint8, and the zero point goes along. What is uint8 already stays so.
+        x + 128 maps int8 onto uint8, modulo 256, and the zero point goes along. What is uint8 already stays so.
+        Inductor vectorizes arithmetic on bytes that are reinterpreted, and not (torch 2.13) conversions from int32.
         """
         form, emit = self.form, self.emit
         x = emit.reshape(emit.convert(form.x, form.x_dtype), [-1, form.k])
         x = self._cut(x, form.row_slices)
         if form.x_dtype is dtype or dtype is not torch.uint8:
             return x, form.x_zero_point
-        shifted = emit.call(aten.add.Tensor, emit.convert(x, torch.int32), 128)
-        return emit.convert(shifted, torch.uint8), form.x_zero_point + 128
+        return emit.call(aten.add.Tensor, emit.call(aten.view.dtype, x, torch.uint8), 128), form.x_zero_point + 128
 
     def _offsets(self) -> tuple[Node | None, list[Node], list[Node]]:
         """Return the sum of what does not vary over rows, and the other offsets, each as rows times columns."""

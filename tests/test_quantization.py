@@ -183,10 +183,9 @@ round:float32 %6
 clamp_min:float32 %7 -127
 clamp_max:float32 %8 127
 convert:int8 %9
-convert:int32 %10
-add:int32 %11 128
-convert:uint8 %12
--> %13 %5""",
+convert:uint8 %10
+add:uint8 %11 128
+-> %12 %5""",
         )
 
     def test_code(self) -> None:
@@ -223,8 +222,7 @@ convert:uint8 %12
                 const q::I x5 = q::wrapped<int8_t>(q::truncated(x4));
                 const q::I x6 = x5;
                 const q::I x7 = q::add(x6, q::I(static_cast<int64_t>(128)));
-                const q::I x8 = x7;
-                q::store(row, Y0 + m * K + k, x8, lanes);
+                q::store(row, Y0 + m * K + k, x7, lanes);
             });
         }
     }

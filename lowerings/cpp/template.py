@@ -13,7 +13,7 @@ from torch._inductor import ir
 from torch._inductor.codegen.cpp_gemm_template import gen_2d_view_of_epilogue_buf
 from torch._inductor.codegen.cpp_template import CppTemplate
 from torch._inductor.codegen.cpp_template_kernel import wrap_with_tensorbox
-from torch._inductor.lowering import lowerings, to_dtype
+from torch._inductor.lowering import lowerings
 from torch._inductor.utils import parallel_num_threads
 from torch._inductor.virtualized import V, ops
 
@@ -57,8 +57,8 @@ def _unsigned(call: Int8LinearCall) -> Int8LinearCall:
     """Shift an int8 activation to uint8, which the microkernels take. The rewrite has done so, others may not."""
     if call.x.get_dtype() is torch.uint8:
         return call
-    shifted = lowerings[torch.ops.aten.add.Tensor](to_dtype(call.x, torch.int32), 128)
-    return replace(call, x=to_dtype(shifted, torch.uint8), x_zero_point=call.x_zero_point + 128)
+    bytes_ = lowerings[torch.ops.aten.view.dtype](call.x, torch.uint8)
+    return replace(call, x=lowerings[torch.ops.aten.add.Tensor](bytes_, 128), x_zero_point=call.x_zero_point + 128)
 
 
 class Int8LinearTemplate(CppTemplate):
