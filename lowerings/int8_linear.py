@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +18,18 @@ from qfuse.lowerings.call import Int8LinearCall
 
 aten = torch.ops.aten
 log = logging.getLogger("qfuse.lowerings")
+
+_may_substitute = ContextVar("_may_substitute", default=True)
+
+
+@contextmanager
+def no_substitutes() -> Iterator[None]:
+    """Let a lowering that fails raise, instead of being replaced by another, in this thread for a while."""
+    token = _may_substitute.set(False)
+    try:
+        yield
+    finally:
+        _may_substitute.reset(token)
 
 
 @register_lowering(torch.ops.qfuse.pack_column_sums.default, type_promotion_kind=None)
@@ -60,6 +75,8 @@ def int8_linear(
             wanted = call if by_name(name).packs_weight == by_name(lowering).packs_weight else _unpacked(call)
             return by_name(name).lower(wanted)
         except Exception:
+            if not _may_substitute.get():
+                raise
             log.warning("lowering %s failed, another is used. Please report this.", name, exc_info=True)
     reference = fallback_handler(torch.ops.qfuse.int8_linear.default, add_to_fallback_set=False)
     return reference(

@@ -95,6 +95,8 @@ def _milliseconds(problem: Problem, provider: Provider) -> float:
 
 def _compiled(problem: Problem, provider: Provider) -> Callable[[], Any]:
     """Compile a linear like `problem`, with scales of rows and of columns and a bias."""
+    from qfuse.lowerings.int8_linear import no_substitutes  # heavy: registers the lowerings with Inductor
+
     m, device, x_dtype = concrete(problem.m), problem.device, provider.activation_dtype(problem)
     info = torch.iinfo(x_dtype)
     x = torch.randint(info.min, info.max + 1, (m, problem.k), dtype=x_dtype, device=device)
@@ -115,5 +117,6 @@ def _compiled(problem: Problem, provider: Provider) -> Callable[[], Any]:
         (x_node, weight_node, sums, x_scale, w_scale, bias, [], [], zero_point, problem.out_dtype, provider.name),
     )
     graph.output((result,))
-    compiled = compile_frozen_graph(GraphModule(constants, graph), inputs)
+    with no_substitutes():
+        compiled = compile_frozen_graph(GraphModule(constants, graph), inputs)
     return lambda: compiled(list(inputs))

@@ -19,7 +19,9 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 import qfuse
 from qfuse.fusion_pass import FUSION_PASS
 from qfuse.inductor import compile_like_inductor, installed_passes, with_fresh_code
+from qfuse.isa import cpu_isa
 from qfuse.normal_form import reshaped_input
+from qfuse.problem import Problem
 from qfuse.records import recording
 
 Model = Callable[..., Any]
@@ -199,3 +201,19 @@ def run_python(code: str, *, cwd: str | None = None, **env: str) -> subprocess.C
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def linear_problem(**facts: Any) -> Problem:
+    """Return `facts`, and else those of a small linear on this CPU: a constant weight, called from Python."""
+    usual: dict[str, Any] = {
+        "m": 5,
+        "k": 64,
+        "n": 48,
+        "x_dtype": torch.int8,
+        "out_dtype": torch.bfloat16,
+        "device": torch.device("cpu"),
+        "isa": cpu_isa(),
+        "weight_is_constant": True,
+        "called_from_python": True,
+    }
+    return Problem(**usual | facts)

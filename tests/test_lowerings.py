@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from producers import quantized
-from support import run_python
+from support import linear_problem, run_python
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
@@ -16,7 +16,6 @@ import qfuse
 from qfuse.isa import ACTIVATION_DTYPE, Isa, best_isa, cpu_isa
 from qfuse.lowerings import INT8_LINEAR, by_name, choose
 from qfuse.lowerings.onednn import _packed, onednn_int8_matmul
-from qfuse.problem import Problem
 from qfuse.reasons import Decline
 
 LOWERINGS = [p.name for p in INT8_LINEAR["cpu"]]
@@ -207,23 +206,8 @@ def test_packed_weight_lives_as_long_as_the_graph() -> None:
     assert len(_packed) == before
 
 
-def _problem(**facts: object) -> Problem:
-    defaults: dict[str, object] = {
-        "m": 5,
-        "k": 64,
-        "n": 48,
-        "x_dtype": torch.int8,
-        "out_dtype": torch.float32,
-        "device": torch.device("cpu"),
-        "isa": Isa.AVX512_VNNI,
-        "weight_is_constant": True,
-        "called_from_python": True,
-    }
-    return Problem(**(defaults | facts))  # type: ignore[arg-type]
-
-
 def _chosen(**facts: object) -> str:
-    choice = choose(_problem(**facts))
+    choice = choose(linear_problem(**{"isa": Isa.AVX512_VNNI} | facts))
     return choice.reason if isinstance(choice, Decline) else choice.name
 
 
@@ -253,9 +237,9 @@ def test_choice() -> None:
 def test_signedness_by_isa() -> None:
     """uint8 where only VNNI is, int8 where AMX is."""
     onednn = by_name("onednn")
-    assert onednn.activation_dtype(_problem(isa=Isa.AVX512_VNNI)) is torch.uint8
-    assert onednn.activation_dtype(_problem(isa=Isa.AVX_VNNI)) is torch.uint8
-    assert onednn.activation_dtype(_problem(isa=Isa.AMX)) is torch.int8
+    assert onednn.activation_dtype(linear_problem(isa=Isa.AVX512_VNNI)) is torch.uint8
+    assert onednn.activation_dtype(linear_problem(isa=Isa.AVX_VNNI)) is torch.uint8
+    assert onednn.activation_dtype(linear_problem(isa=Isa.AMX)) is torch.int8
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 from producers import quantized
+from support import linear_problem
 from torch import Tensor, nn
 from torch._inductor import config as inductor_config
 from torch._inductor.codecache import PersistentCache
@@ -30,21 +30,6 @@ def _max_autotune() -> Iterator[None]:
         yield
 
 
-def _problem(**facts: Any) -> Problem:
-    usual: dict[str, Any] = {
-        "m": 5,
-        "k": 67,
-        "n": 48,
-        "x_dtype": torch.int8,
-        "out_dtype": torch.bfloat16,
-        "device": torch.device("cpu"),
-        "isa": cpu_isa(),
-        "weight_is_constant": True,
-        "called_from_python": True,
-    }
-    return Problem(**usual | facts)
-
-
 def _times() -> dict[str, dict[str, float]]:
     """Return what Inductor's cache holds: times by lowering, by problem."""
     cached = json.loads(PersistentCache.get_local_cache_path().read_text())["cache"]["qfuse::int8_linear"]
@@ -57,9 +42,9 @@ def _best(times: dict[str, float]) -> str:
 
 
 def test_the_fastest_is_chosen() -> None:
-    name = choose(_problem()).name  # type: ignore[union-attr]
+    name = choose(linear_problem()).name  # type: ignore[union-attr]
     ((problem, times),) = _times().items()
-    assert problem.startswith("5×67×48 torch.int8 torch.bfloat16, cpu ")
+    assert problem.startswith("5×64×48 torch.int8 torch.bfloat16, cpu ")
     assert sorted(times) == sorted(NAMES)
     assert name == _best(times)
 
@@ -72,18 +57,18 @@ def test_one_that_is_hardly_faster_is_not_chosen(monkeypatch: pytest.MonkeyPatch
             lambda problem, provider, slower=slower: slower if provider.name == NAMES[0] else 1.0,
         )
         with fresh_cache():
-            assert choose(_problem()) is by_name(chosen)
+            assert choose(linear_problem()) is by_name(chosen)
 
 
 def test_it_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = choose(_problem())
+    first = choose(linear_problem())
     monkeypatch.setattr(tuning, "_measured", lambda problem, choices: pytest.fail("measured again"))
-    assert choose(_problem()) is first
+    assert choose(linear_problem()) is first
 
 
 def test_each_problem_by_itself() -> None:
     for facts in ({}, {"m": 6}, {"out_dtype": torch.float32}):
-        choose(_problem(**facts))
+        choose(linear_problem(**facts))
     assert len(_times()) == 3
 
 
@@ -98,24 +83,33 @@ def test_what_fails_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with monkeypatch.context() as broken:
         broken.setattr(tuning, "_compiled", fail)
-        assert choose(_problem()) is not by_name(NAMES[0])
+        assert choose(linear_problem()) is not by_name(NAMES[0])
     assert not PersistentCache.get_local_cache_path().exists()
-    choose(_problem())
+    choose(linear_problem())
     assert len(_times()) == 1
+
+
+def test_the_time_of_a_substitute_is_not_taken_for_that_of_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Provider, call: object) -> object:
+        raise RuntimeError("broken on purpose")
+
+    monkeypatch.setattr(type(by_name(NAMES[0])), "lower", fail)
+    assert choose(linear_problem()) is not by_name(NAMES[0])
+    assert not PersistentCache.get_local_cache_path().exists()
 
 
 def test_a_damaged_cache_is_no_obstacle() -> None:
     path = PersistentCache.get_local_cache_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("{")
-    assert choose(_problem()) is by_name(NAMES[0])
+    assert choose(linear_problem()) is by_name(NAMES[0])
 
 
 def test_nothing_is_measured_without_a_choice() -> None:
     with qfuse.config.patch(disabled_lowerings=NAMES[1:]):
-        assert choose(_problem()) is by_name(NAMES[0])
+        assert choose(linear_problem()) is by_name(NAMES[0])
     with inductor_config.patch(max_autotune=False):
-        assert choose(_problem()) is by_name(NAMES[0])
+        assert choose(linear_problem()) is by_name(NAMES[0])
     assert not PersistentCache.get_local_cache_path().exists()
 
 
