@@ -150,9 +150,8 @@ after:
 aten.view.default
 aten.view.default
 qfuse.pack_column_sums.default
-prims.convert_element_type.default
+aten.view.dtype
 aten.add.Tensor
-prims.convert_element_type.default
 aten.reshape.default
 prims.convert_element_type.default
 prims.convert_element_type.default
@@ -185,9 +184,8 @@ aten.view.default
 aten.view.default
 aten.view.default
 qfuse.pack_column_sums.default
-prims.convert_element_type.default
+aten.view.dtype
 aten.add.Tensor
-prims.convert_element_type.default
 aten.reshape.default
 prims.convert_element_type.default
 prims.convert_element_type.default
@@ -262,9 +260,8 @@ aten.view.default
 aten.view.default
 aten.view.default
 qfuse.pack_column_sums.default
-prims.convert_element_type.default
+aten.view.dtype
 aten.add.Tensor
-prims.convert_element_type.default
 aten.reshape.default
 prims.convert_element_type.default
 qfuse.pack_int8_weight.default
@@ -292,9 +289,8 @@ aten.view.default
 aten.view.default
 aten.permute.default
 qfuse.pack_column_sums.default
-prims.convert_element_type.default
+aten.view.dtype
 aten.add.Tensor
-prims.convert_element_type.default
 aten.reshape.default
 aten.reshape.default
 qfuse.pack_int8_weight.default
@@ -322,9 +318,8 @@ aten.view.default
 aten.view.default
 aten.permute.default
 qfuse.pack_column_sums.default
-prims.convert_element_type.default
+aten.view.dtype
 aten.add.Tensor
-prims.convert_element_type.default
 aten.reshape.default
 aten.reshape.default
 qfuse.pack_int8_weight.default
