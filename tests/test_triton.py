@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from support import run_python
 from torch import Tensor
 from torch._inductor import config as inductor_config
@@ -127,6 +128,21 @@ def test_structure(m: int) -> None:
     assert len(generated.kernels) == 1
     assert "_int_mm" not in re.sub(r"fused__int_mm\w*", "", generated.calls)
     assert "torch.int32" not in generated.calls
+
+
+class OneScale(Linear):
+    """A linear whose activation has one scale."""
+
+    def forward(self, x: Tensor, x_scale: Tensor | float) -> Tensor:
+        """x: [M, K] int8. x_scale: of no dimension."""
+        x_scale = x_scale.cpu() if isinstance(x_scale, Tensor) else x_scale
+        return torch._int_mm(x, self.weight.t()).float() * x_scale * self.w_scale.reshape(-1)
+
+
+def test_number_as_scale() -> None:
+    """It is in the scales of columns, which are frozen, and the kernel has none of rows."""
+    generated = fake_cuda.generate(OneScale(512, 256), inputs(48, 512, 256)[0], 0.25, binaries=False)
+    assert len(generated.launches) == 1
 
 
 @pytest.mark.parametrize("architecture", gpu_evidence.AMD)

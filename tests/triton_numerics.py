@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._inductor.kernel.mm_common import mm_grid, persistent_mm_grid
 from torch._inductor.select_algorithm import TritonTemplate
 from triton.runtime.errors import InterpreterError
-from triton_cases import Case, cases, problems, tma_cases
+from triton_cases import Case, Linear, cases, problems, tma_cases
 from triton_interpreter import OutOfBoundsError
 
 from qfuse.lowerings.triton import template
@@ -27,7 +27,7 @@ def check() -> int:
     """Compare each shape with the reference, bit by bit; return how many there were."""
     triton_interpreter.install()
     torch.manual_seed(0)
-    return _compare(cases(), gap=3)
+    return _compare(cases(), gap=3) + _compare_model(*_bitcast())
 
 
 def check_tma() -> int:
@@ -109,20 +109,35 @@ def _take_tma() -> None:
 
 
 def _compare(cases: Sequence[Case], gap: int) -> int:
-    compared = 0
-    for model, dynamic, examples in problems(cases, gap):
-        torch._dynamo.reset()
-        compiled = torch.compile(model, dynamic=dynamic)
-        for inputs in examples:
-            before = len(triton_interpreter.launched)
-            result = compiled(*inputs)
-            launched = triton_interpreter.launched[before:]
-            assert sum("triton_tem" in name for name in launched) == 1, launched
-            expected = model(*inputs)
-            if not torch.equal(result, expected):
-                raise DifferenceError(model, inputs[0].shape, _worst(result, expected))
-            compared += 1
-    return compared
+    return sum(_compare_model(*problem) for problem in problems(cases, gap))
+
+
+def _compare_model(model: Linear, dynamic: bool, examples: Sequence[tuple[Tensor, ...]]) -> int:
+    torch._dynamo.reset()
+    compiled = torch.compile(model, dynamic=dynamic)
+    for inputs in examples:
+        before = len(triton_interpreter.launched)
+        result = compiled(*inputs)
+        launched = triton_interpreter.launched[before:]
+        assert sum("triton_tem" in name for name in launched) == 1, launched
+        expected = model(*inputs)
+        if not torch.equal(result, expected):
+            raise DifferenceError(model, inputs[0].shape, _worst(result, expected))
+    return len(examples)
+
+
+class _Bitcast(Linear):
+    """A linear whose activation and scale are views of tensors of other dtypes."""
+
+    def forward(self, x: Tensor, x_scale: Tensor, rows: Tensor, residual: Tensor) -> Tensor:
+        """See `Linear`. x: uint8. x_scale: int32."""
+        return super().forward(x.view(torch.int8), x_scale.view(torch.float32), rows, residual)
+
+
+def _bitcast() -> tuple[Linear, bool, list[tuple[Tensor, ...]]]:
+    model = _Bitcast(64, 48, torch.float32, 0, True, False, False)
+    ((_, dynamic, ((x, x_scale, *rest),)),) = problems([(64, 48, torch.float32, (33,), False)], gap=0)
+    return model, dynamic, [(x.view(torch.uint8), x_scale.view(torch.int32), *rest)]
 
 
 def _worst(result: Tensor, expected: Tensor) -> Any:

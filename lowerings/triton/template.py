@@ -11,7 +11,7 @@ import torch
 from torch._inductor import config as inductor_config
 from torch._inductor import ir
 from torch._inductor.kernel.mm_common import mm_grid, persistent_mm_grid
-from torch._inductor.lowering import lowerings, to_dtype
+from torch._inductor.lowering import get_constant_value, lowerings, to_dtype
 from torch._inductor.select_algorithm import TritonTemplate, autotune_select_algorithm
 from torch._inductor.utils import can_use_tma, get_num_sms
 from torch._inductor.virtualized import V
@@ -40,13 +40,15 @@ _BY_TMA = _template("qfuse_int8_linear_tma", persistent_mm_grid, "linear_tma.py.
 def int8_linear(call: Int8LinearCall) -> Any:
     """Lower a linear whose weight is [N, K]."""
     call = _signed(call)
-    vectors = [call.x_scale, call.w_scale]  # and then as the template names them
+    scales_rows = not _is_number_one(call.x_scale)
+    vectors = [call.x_scale] if scales_rows else []  # in the order of names in the template
+    vectors += [call.w_scale]
     vectors += [call.column_sums] if call.x_zero_point else []
     vectors += [] if call.bias is None else [call.bias]
     for rows, columns in zip(call.offset_rows, call.offset_columns, strict=True):
         vectors += [rows, columns]
-    x, weight = map(ir.ExternKernel.realize_input, (call.x, call.weight))
-    nodes = [x, weight, *(ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(v)) for v in vectors)]
+    x, weight = map(_stored, (call.x, call.weight))
+    nodes = [x, weight, *(ir.ExternKernel.require_contiguous(_stored(v)) for v in vectors)]
     size = [x.get_size()[0], weight.get_size()[0]]
     layout = ir.FixedLayout(x.get_device_or_error(), call.out_dtype, size)
     choices: list[Any] = []
@@ -63,6 +65,7 @@ def int8_linear(call: Int8LinearCall) -> Any:
             GROUP_M=configuration.group,
             ACC_TYPE="tl.float32",  # of what is stored, not of the sums: they are scaled before
             X_ZERO_POINT=call.x_zero_point,
+            HAS_X_SCALE=scales_rows,
             ONE_X_SCALE=_is_one(call.x_scale),
             ONE_W_SCALE=_is_one(call.w_scale),
             HAS_BIAS=call.bias is not None,
@@ -73,6 +76,16 @@ def int8_linear(call: Int8LinearCall) -> Any:
         )
     node, _ = autotune_select_algorithm("qfuse_int8_linear", choices, nodes, layout)
     return node
+
+
+def _stored(tensor: Any) -> Any:
+    """Return a tensor that is in memory in its own dtype.
+
+    A kernel gets pointers to buffers, in the dtypes that these have: bits viewed in another dtype would be misread.
+    """
+    stored = ir.ExternKernel.realize_input(tensor)
+    is_bitcast = isinstance(stored, ir.ReinterpretView) and stored.get_dtype() != stored.data.get_dtype()
+    return ir.ExternKernel.copy_input(stored) if is_bitcast else stored
 
 
 def _signed(call: Int8LinearCall) -> Int8LinearCall:
@@ -136,3 +149,9 @@ def _device(device: torch.device) -> Device:
 def _is_one(vector: Any) -> bool:
     """Tell whether one number stands for all."""
     return V.graph.sizevars.statically_known_equals(vector.get_size()[-1], 1)
+
+
+def _is_number_one(scale: Any) -> bool:
+    """Tell whether a scale is the number 1, as that of rows is where the activation's is static: in that of columns."""
+    constant = get_constant_value(scale)
+    return constant is not None and constant.value == 1
