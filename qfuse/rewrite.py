@@ -209,6 +209,9 @@ class _Rewriter:
             return self.emit.convert(self.emit.reshape(self.column_sums, [-1]), torch.float32)
         if not isinstance(factor.operand, Node):
             return factor.operand
+        # A number on the CPU meets tensors of every device, but a vector on the CPU does not.
+        if fake_value(factor.operand).device != fake_value(self.form.x).device:
+            return self.emit.call(aten.mul.Tensor, self._one(), factor.operand)
         vector = self.emit.convert(self.emit.reshape(factor.operand, [-1]), torch.float32)
         return self._cut(vector, factor.slices)
 

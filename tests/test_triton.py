@@ -145,6 +145,12 @@ def test_number_as_scale() -> None:
     assert len(generated.launches) == 1
 
 
+def test_scale_on_the_cpu() -> None:
+    """Inductor hands a kernel a number on the CPU as a value, which cannot be loaded from."""
+    generated = fake_cuda.generate(OneScale(512, 256), inputs(48, 512, 256)[0], torch.tensor(0.25))
+    assert [name.split("_")[1] for name in generated.launches] == ["poi", "tem"]
+
+
 @pytest.mark.parametrize("architecture", gpu_evidence.AMD)
 def test_amd(architecture: str) -> None:
     """As on NVIDIA's; M = 512 only."""
