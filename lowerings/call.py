@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._inductor import ir
 from torch._inductor.lowering import lowerings, to_dtype
 
 aten = torch.ops.aten
@@ -41,3 +42,13 @@ class Int8LinearCall:
 
 def _column(rows: Any) -> Any:
     return lowerings[aten.view.default](rows, [-1, 1])
+
+
+def in_memory(tensor: Any) -> Any:
+    """Return `tensor` as a buffer, or a view of one, in its own dtype.
+
+    A kernel gets pointers to buffers, in the dtypes that these have: bits viewed in another dtype would be misread.
+    """
+    stored = ir.ExternKernel.realize_input(tensor)
+    is_bitcast = isinstance(stored, ir.ReinterpretView) and stored.get_dtype() != stored.data.get_dtype()
+    return ir.ExternKernel.copy_input(stored) if is_bitcast else stored

@@ -19,6 +19,7 @@ from torch._inductor.utils import Placeholder, parallel_num_threads
 from torch._inductor.virtualized import V
 
 from qfuse.lowerings import quantize_rows_inductor
+from qfuse.lowerings.call import in_memory
 from qfuse.quantize_op import quantize_rows_reference  # noqa: F401  registers the op
 from qfuse.row_program import COMPARISONS, REDUCTIONS, Instruction, Operand, Ref, RowProgram
 
@@ -52,7 +53,7 @@ _reference = fallback_handler(torch.ops.qfuse.quantize_rows.default, add_to_fall
 
 
 def _kernel(v: Any, program: str) -> list[ir.TensorBox]:
-    v = ir.ExternKernel.realize_input(v)
+    v = in_memory(v)
     if not _has_contiguous_rows(v):
         v = ir.ExternKernel.require_contiguous(v)
     v = ir.InputsKernel.unwrap_storage_for_input(v)

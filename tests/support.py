@@ -193,7 +193,7 @@ def run_python(code: str, *, cwd: str | None = None, **env: str) -> subprocess.C
     path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
-        env={**os.environ, "PYTHONPATH": path, **env},
+        env={**os.environ, "PYTHONPATH": path, "COLUMNS": "120", **env},
         cwd=cwd,
         capture_output=True,
         text=True,

@@ -294,3 +294,32 @@ def test_onednn_runs_no_reference_implementation(isa: str) -> None:
     implementations = {fields[6] for fields in lines if fields[3:6] == ["exec", "cpu", "matmul"]}
     assert implementations
     assert not [i for i in implementations if "ref" in i], implementations
+
+
+class Bits(nn.Module):
+    """A linear whose operands are in memory in other dtypes of the same width, and one that quantizes such floats."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("w", quantized(48, 64, torch.uint8))
+        self.register_buffer("ws", torch.rand(48))
+
+    def forward(self, x: Tensor, xs: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        w_t, scale = self.w.view(torch.int8).t(), v.view(torch.bfloat16).abs().amax(1, keepdim=True).float() / 127
+        q = (v.view(torch.bfloat16) / scale).round().clamp(-127, 127).to(torch.int8)
+        return tuple(  # type: ignore[return-value]
+            torch._int_mm(operand, w_t).float() * rows * self.ws
+            for operand, rows in ((x.view(torch.int8), xs), (q, scale))
+        )
+
+
+@pytest.mark.parametrize("lowering", [provider.name for provider in INT8_LINEAR["cpu"]])
+def test_bits_viewed_in_another_dtype(lowering: str) -> None:
+    """A kernel that is handed a pointer to the buffer would misread them, or not compile."""
+    others = [provider.name for provider in INT8_LINEAR["cpu"] if provider.name != lowering]
+    inputs = quantized(7, 64, torch.uint8), torch.rand(7, 1), torch.randn(7, 64).bfloat16().view(torch.int16)
+    model = Bits()
+    with qfuse.config.patch(disabled_lowerings=others):
+        result = torch.compile(model)(*inputs)
+    for one, expected in zip(result, model(*inputs), strict=True):
+        torch.testing.assert_close(one, expected, rtol=1e-5, atol=1e-4)

@@ -18,7 +18,7 @@ from torch._inductor.utils import parallel_num_threads
 from torch._inductor.virtualized import V, ops
 
 from qfuse.isa import cpu_isa
-from qfuse.lowerings.call import Int8LinearCall
+from qfuse.lowerings.call import Int8LinearCall, in_memory
 from qfuse.lowerings.cpp.fast_math import VECTOR_MATH, fast_math
 from qfuse.lowerings.cpp.microkernels import MICROKERNELS
 
@@ -31,7 +31,7 @@ def int8_linear(call: Int8LinearCall) -> ir.TensorBox:
     call = _unsigned(call)
     x, weight, column_sums, x_scale, w_scale = map(
         ir.ExternKernel.require_contiguous,
-        map(ir.ExternKernel.realize_input, (call.x, call.weight, call.column_sums, call.x_scale, call.w_scale)),
+        map(in_memory, (call.x, call.weight, call.column_sums, call.x_scale, call.w_scale)),
     )
     # What the epilogue reads has to be an input of the template: else the scheduler does not see the dependency.
     rows, columns = ([_realized(t) for t in tensors] for tensors in (call.offset_rows, call.offset_columns))
@@ -49,8 +49,7 @@ def int8_linear(call: Int8LinearCall) -> ir.TensorBox:
 
 def _realized(tensor: Any) -> Any:
     """Return `tensor` as a buffer or an affine view of one: exactly what will be read."""
-    tensor.realize()  # `unwrap_storage_for_input` fails for what is no buffer yet
-    return wrap_with_tensorbox(ir.InputsKernel.unwrap_storage_for_input(tensor))
+    return wrap_with_tensorbox(ir.InputsKernel.unwrap_storage_for_input(in_memory(tensor)))
 
 
 def _unsigned(call: Int8LinearCall) -> Int8LinearCall:

@@ -16,7 +16,7 @@ from torch._inductor.select_algorithm import TritonTemplate, autotune_select_alg
 from torch._inductor.utils import can_use_tma, get_num_sms
 from torch._inductor.virtualized import V
 
-from qfuse.lowerings.call import Int8LinearCall
+from qfuse.lowerings.call import Int8LinearCall, in_memory
 from qfuse.lowerings.triton.configurations import Configuration, Device, configurations, tma_configurations
 from qfuse.lowerings.tuning import is_wanted
 
@@ -47,8 +47,8 @@ def int8_linear(call: Int8LinearCall) -> Any:
     vectors += [] if call.bias is None else [call.bias]
     for rows, columns in zip(call.offset_rows, call.offset_columns, strict=True):
         vectors += [rows, columns]
-    x, weight = map(_stored, (call.x, call.weight))
-    nodes = [x, weight, *(ir.ExternKernel.require_contiguous(_stored(v)) for v in vectors)]
+    x, weight = map(in_memory, (call.x, call.weight))
+    nodes = [x, weight, *(ir.ExternKernel.require_contiguous(in_memory(v)) for v in vectors)]
     size = [x.get_size()[0], weight.get_size()[0]]
     layout = ir.FixedLayout(x.get_device_or_error(), call.out_dtype, size)
     choices: list[Any] = []
@@ -76,16 +76,6 @@ def int8_linear(call: Int8LinearCall) -> Any:
         )
     node, _ = autotune_select_algorithm("qfuse_int8_linear", choices, nodes, layout)
     return node
-
-
-def _stored(tensor: Any) -> Any:
-    """Return a tensor that is in memory in its own dtype.
-
-    A kernel gets pointers to buffers, in the dtypes that these have: bits viewed in another dtype would be misread.
-    """
-    stored = ir.ExternKernel.realize_input(tensor)
-    is_bitcast = isinstance(stored, ir.ReinterpretView) and stored.get_dtype() != stored.data.get_dtype()
-    return ir.ExternKernel.copy_input(stored) if is_bitcast else stored
 
 
 def _signed(call: Int8LinearCall) -> Int8LinearCall:
