@@ -37,6 +37,10 @@ fuse_quantization: bool = Config(default=True, env_name_default="QFUSE_FUSE_QUAN
 # Environment variable: QFUSE_GROUP_LINEARS=0.
 group_linears: bool = Config(default=True, env_name_default="QFUSE_GROUP_LINEARS")
 
+# In models with fused linears, compute attention by qfuse's own kernel where it is faster than ATen's, on CPU (see
+# `qfuse.attention`). Environment variable: QFUSE_FUSE_ATTENTION=0.
+fuse_attention: bool = Config(default=True, env_name_default="QFUSE_FUSE_ATTENTION")
+
 # Run each fusion beside the graph that it replaces, on example values, and reject it if it is worse: see
 # `qfuse.verification`. Slow: every fused op is compiled once more by itself. Environment variable: QFUSE_VERIFY=1.
 verify: bool = Config(default=False, env_name_default="QFUSE_VERIFY")

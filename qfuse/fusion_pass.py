@@ -36,7 +36,7 @@ class FusionPass(CustomGraphPass):
             log.warning("qfuse failed and leaves the graph as it is. Please report this.", exc_info=True)
 
     def _run(self, graph: Graph) -> None:
-        from qfuse import fusion, grouping, quantization
+        from qfuse import attention, fusion, grouping, quantization
 
         _load_lowerings()
         try:
@@ -48,6 +48,8 @@ class FusionPass(CustomGraphPass):
                     _observed(graph, "qfuse.quantize", quantization.fuse_quantizations)
                 if config.group_linears:
                     _observed(graph, "qfuse.group", grouping.group_linears)
+                if config.fuse_attention:
+                    _observed(graph, "qfuse.attention", attention.fuse_attention)
         finally:  # whatever happens, Inductor's own patterns must not see what was not fused
             _observed(graph, "qfuse.shield", fusion.shield)
 
@@ -83,6 +85,7 @@ def source_hash() -> str:
 
 def _load_lowerings() -> None:
     """Register the lowerings with Inductor: heavy, and needless before something is compiled."""
+    import qfuse.lowerings.attention
     import qfuse.lowerings.int8_linear
     import qfuse.lowerings.quantize_rows  # noqa: F401
 

@@ -1,0 +1,149 @@
+"""The Inductor lowering of `qfuse::attention` on CPU: one C++ kernel, see `cpp/attention.h`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._inductor import ir
+from torch._inductor.codegen.cpp_template import CppTemplate
+from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel
+from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
+from torch._inductor.lowering import fallback_handler, register_lowering
+from torch._inductor.utils import Placeholder, parallel_num_threads
+from torch._inductor.virtualized import V
+
+from qfuse.attention_op import attention_reference  # noqa: F401  registers the op
+from qfuse.inductor import concrete, statically_known_true
+from qfuse.isa import Isa, cpu_isa
+from qfuse.lowerings.call import in_memory
+
+log = logging.getLogger("qfuse.lowerings")
+
+_FOLDER = Path(__file__).parent
+_TEMPLATE = (_FOLDER / "templates" / "attention.cpp.jinja").read_text()
+_TEXTS = [(_FOLDER / "cpp" / name).read_text() for name in ("attention.h", "amx_permission.h", "attention_amx.h")]
+
+_LARGEST_HEAD = 256
+
+#: Fewer multiplications than this are not worth waking other threads.
+_PARALLEL_PRODUCTS = 1 << 17
+
+#: Queries of one head of keys and values, below which packing these takes longer than all of ATen's op.
+_FEWEST_ROWS = 4
+
+
+def why_unsupported(q: Any, k: Any, v: Any, mask: Any | None) -> str | None:
+    """Return why the kernel does not take operands like these fake tensors, or None."""
+    if q.device.type != "cpu":
+        return "it is not on a CPU"
+    if not q.dtype == k.dtype == v.dtype or (mask is not None and mask.dtype not in (q.dtype, torch.float32)):
+        return "its operands have several dtypes"
+    if not _has_kernel(q.dtype):
+        return f"there is no kernel for {q.dtype} and this CPU"
+    if not isinstance(concrete(q.shape[-1]), int) or not 0 < concrete(q.shape[-1]) <= _LARGEST_HEAD:
+        return f"heads are larger than {_LARGEST_HEAD}"
+    if statically_known_true(q.shape[1] * q.shape[2] < _FEWEST_ROWS * k.shape[1]):
+        return f"fewer than {_FEWEST_ROWS} queries share keys"
+    return None
+
+
+def _has_kernel(dtype: torch.dtype) -> bool:
+    has = torch.cpu.get_capabilities()
+    return dtype is torch.bfloat16 and cpu_isa() is Isa.AMX and has.get("amx_bf16", False) and has["avx512_bf16"]
+
+
+@register_lowering(torch.ops.qfuse.attention.default, type_promotion_kind=None)
+def attention(q: Any, k: Any, v: Any, mask: Any | None, is_causal: bool, scale: float | None) -> ir.TensorBox:
+    """Lower `qfuse::attention`; by the reference, if that fails."""
+    try:
+        layout = _like(q, V.graph.current_node.meta["val"])
+        return AttentionTemplate(layout, *map(_rows_in_memory, (q, k, v)), _in_memory(mask), is_causal, scale).output()
+    except Exception:
+        log.warning("the attention kernel failed, ATen's runs instead. Please report this.", exc_info=True)
+    output: ir.TensorBox = _reference(q, k, v, mask, is_causal, scale)
+    return output
+
+
+_reference = fallback_handler(torch.ops.qfuse.attention.default, add_to_fallback_set=False)
+
+
+def _like(q: Any, value: torch.Tensor) -> ir.FixedLayout:
+    return ir.FixedLayout(q.get_device(), q.get_dtype(), q.get_size(), ir.convert_shape_to_inductor(value.stride()))
+
+
+def _in_memory(tensor: Any | None) -> Any | None:
+    return None if tensor is None else ir.InputsKernel.unwrap_storage_for_input(in_memory(tensor))
+
+
+def _rows_in_memory(heads: Any) -> Any:
+    """Return `heads` in memory, the elements of a row next to each other."""
+    stored = _in_memory(heads)
+    if stored.get_stride()[-1] == 1:
+        return stored
+    return ir.InputsKernel.unwrap_storage_for_input(ir.ExternKernel.require_contiguous(heads))
+
+
+class AttentionTemplate(CppTemplate):
+    """The kernel of one attention. q, k, v, mask: buffers or views of such."""
+
+    def __init__(
+        self, layout: ir.Layout, q: Any, k: Any, v: Any, mask: Any | None, is_causal: bool, scale: float | None
+    ) -> None:
+        self.operands = {"q": q, "k": k, "v": v} | ({} if mask is None else {"mask": mask})
+        super().__init__("attention", list(self.operands.values()), layout, parallel_num_threads())
+        self.is_causal = is_causal
+        self.scale = layout.size[-1] ** -0.5 if scale is None else scale
+
+    def output(self) -> ir.TensorBox:
+        """Return the result of a call of the kernel. There is no other choice, so nothing is benchmarked."""
+        buffer: Any = ir.CppTemplateBuffer(
+            self.layout,
+            self.input_nodes,
+            self._make_kernel_render,  # type: ignore[arg-type]
+            self,
+            None,  # type: ignore[arg-type]
+        )
+        buffer.allow_epilogue_fusion = False
+        return ir.TensorBox.create(buffer)
+
+    def _make_kernel_render(self, node: Any, **unused: Any) -> tuple[CppTemplateKernel, Callable[[], str]]:
+        kernel = CppTemplateKernel(kernel_name=str(Placeholder.KERNEL_NAME), num_threads=self.num_threads)
+        return kernel, partial(kernel.render, self, output=node)
+
+    def render(self, kernel: Any, output: Any, **unused: Any) -> str:  # type: ignore[override]
+        """Spell out the kernel."""
+        inputs: dict[str, tuple[str, Any]] = {}  # by buffer: query, key and value are often slices of one
+        for name, node in self.operands.items():
+            inputs.setdefault(node.get_name(), (name, node))
+        mask = self.operands.get("mask")
+        return self._template_from_string(_TEMPLATE).render(
+            template=self,
+            kernel=kernel,
+            texts=_TEXTS,
+            inputs=dict(inputs.values()),
+            **self.operands,
+            out=output,
+            mask_type=DTYPE_TO_CPP[self.layout.dtype if mask is None else mask.get_dtype()],
+            mask_strides=_broadcast_strides(kernel, mask),
+            d=int(output.get_size()[-1]),
+            type=DTYPE_TO_CPP[self.layout.dtype],
+            is_causal=self.is_causal,
+            scale=float(self.scale),
+            num_threads=self.num_threads,
+            parallel_products=_PARALLEL_PRODUCTS,
+        )
+
+
+def _broadcast_strides(kernel: Any, mask: Any | None) -> list[str]:
+    """Return the strides of a mask as one of [B, H, M, N]: 0 where it is broadcast."""
+    if mask is None:
+        return ["0"] * 4
+    sizes = mask.get_size()
+    is_one = [V.graph.sizevars.statically_known_equals(size, 1) for size in sizes]
+    strides = ["0" if one else kernel.stride(mask, dim) for dim, one in enumerate(is_one)]
+    return ["0"] * (4 - len(sizes)) + strides

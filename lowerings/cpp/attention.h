@@ -1,0 +1,174 @@
+// Attention: softmax(scale · q kᵀ + mask) v, without the matrix of scores in memory, as FlashAttention does it (Dao et
+// al. 2022, arXiv:2205.14135) with the online softmax of Milakov and Gimelshein (2018, arXiv:1805.02867).
+//
+// This is the driver. A kernel is a class, one object for each thread, which holds packed keys and values of one head:
+//
+//     using Element = ...;                                // of q, k, v and the result
+//     static constexpr int64_t rows, keys;                // that it takes at a time
+//     static constexpr int64_t window;                    // the most keys that it holds packed, a multiple of `keys`
+//     static constexpr int64_t padded_head, score_stride; // the distances of rows of sums and of scores
+//     explicit Kernel(int64_t all_keys);
+//     void pack(const Element* k, int64_t k_stride, const Element* v, int64_t v_stride, int64_t count);
+//     void load(const Element* const* q, int64_t count);  // rows of queries
+//     float* scores(int64_t first, int64_t count);        // of these rows and some of the packed keys
+//     void scale(float* scores, float by, const M* mask, int64_t mask_stride, int64_t count); // one row, and the mask
+//     using Known = AttentionRows<rows>;
+//     void weigh(const int64_t* seen, int64_t count, float factor, bool is_first, Known& known, float* sums); // all rows
+//     void add(int64_t first, int64_t count, bool is_first, float* sums); // sums (+)= weights · values
+//     void store(const float* sums, float factor, Element* out);          // one row
+//
+// `weigh` turns scores into weights, 2^(factor · (score − largest of the row)), of which those behind `seen` are 0, and
+// scales down the sums until now where the largest score has grown. `is_first`: there are none, and nothing is known.
+#ifndef QFUSE_ATTENTION
+#define QFUSE_ATTENTION
+namespace qfuse {
+
+// [batch, head, row, element], elements of a row next to each other; strides in elements.
+template <typename T>
+struct Heads {
+    T* data;
+    int64_t batch, head, row;
+    T* at(int64_t b, int64_t h, int64_t i) const { return data + b * batch + h * head + i * row; }
+};
+
+// mask: null if there is none; its strides are 0 where it is broadcast.
+template <typename T, typename M>
+struct Attention {
+    Heads<const T> q, k, v;
+    Heads<T> out;
+    const M* mask;
+    int64_t mask_batch, mask_head, mask_row, mask_key;
+    int64_t batches, heads, kv_heads, queries, keys;
+    float scale;
+};
+
+// What is known of a block of rows after some keys: the largest score, and the sum of the weights.
+template <int64_t rows>
+struct AttentionRows {
+    alignas(64) float largest[rows];
+    alignas(64) float sum[rows];
+};
+
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Memory that is not initialized.
+template <typename T>
+class Buffer {
+ public:
+    explicit Buffer(int64_t size) : data_(static_cast<T*>(::operator new(size * sizeof(T), std::align_val_t(64)))) {}
+    ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+    T* data() const { return data_; }
+
+ private:
+    T* data_;
+};
+
+// The rows of all query heads that share keys and values are one sequence: so a few rows, as in decoding, fill a block.
+// An item of work is a range of it, `blocks` blocks long. Objects are made by each thread.
+template <typename Kernel, typename M, bool is_causal>
+class AttentionThread {
+    using T = typename Kernel::Element;
+    static constexpr int64_t rows = Kernel::rows;
+
+ public:
+    // Large enough that packing is worth it, small enough for every thread to get some.
+    static int64_t blocks(const Attention<T, M>& a, int64_t threads) {
+        const int64_t most = std::max<int64_t>(1, (a.keys > Kernel::window ? 512 : 128) / rows);
+        const int64_t wanted = ceil_div(threads, std::max<int64_t>(1, a.batches * a.kv_heads)); // items of a head
+        return std::clamp<int64_t>(ceil_div(rows_of_head(a), rows * wanted), 1, most);
+    }
+    static int64_t items(const Attention<T, M>& a, int64_t blocks) {
+        return a.batches * a.kv_heads * ceil_div(rows_of_head(a), blocks * rows);
+    }
+
+    AttentionThread(const Attention<T, M>& a, int64_t blocks)
+        : a_(a), blocks_(blocks), kernel_(a.keys), sums_(blocks * rows * Kernel::padded_head), known_(blocks) {}
+
+    void operator()(int64_t item) {
+        const int64_t of_head = ceil_div(rows_of_head(a_), blocks_ * rows), head = item / of_head;
+        batch_ = head / a_.kv_heads, kv_head_ = head % a_.kv_heads;
+        const int64_t first = item % of_head * blocks_ * rows, end = std::min(rows_of_head(a_), first + blocks_ * rows);
+        for (int64_t window = 0; window < a_.keys; window += Kernel::window) {
+            const int64_t window_end = std::min(a_.keys, window + Kernel::window);
+            if (head != packed_head_ || window != packed_window_)
+                kernel_.pack(
+                    a_.k.at(batch_, kv_head_, window), a_.k.row, a_.v.at(batch_, kv_head_, window), a_.v.row,
+                    window_end - window);
+            packed_head_ = head, packed_window_ = window;
+            for (int64_t row = first; row < end; row += rows)
+                attend(row, std::min(rows, end - row), row - first, window, window_end);
+        }
+        Position position(*this, first);
+        for (int64_t i = 0; i < end - first; ++i, position.next()) {
+            const float sum = a_.keys == 0 ? 0 : known_.data()[i / rows].sum[i % rows]; // 0: a row that sees no key is zero, as in ATen
+            kernel_.store(sums_.data() + i * Kernel::padded_head, sum == 0 ? 0 : 1 / sum,
+                          a_.out.at(batch_, position.head, position.query));
+        }
+    }
+
+ private:
+    const Attention<T, M>& a_;
+    const int64_t blocks_;
+    Kernel kernel_;
+    Buffer<float> sums_;
+    Buffer<typename Kernel::Known> known_;
+    int64_t batch_ = 0, kv_head_ = 0, packed_head_ = -1, packed_window_ = -1;
+
+    static int64_t rows_of_head(const Attention<T, M>& a) { return a.heads / a.kv_heads * a.queries; }
+
+    // Which query of which head a row is.
+    struct Position {
+        int64_t queries, head, query;
+        Position(const AttentionThread& t, int64_t row)
+            : queries(t.a_.queries), head(t.kv_head_ * (t.a_.heads / t.a_.kv_heads) + row / queries), query(row % queries) {}
+        void next() {
+            if (++query == queries)
+                query = 0, ++head;
+        }
+    };
+
+    // A block of rows and the packed keys.
+    void attend(int64_t row, int64_t count, int64_t in_item, int64_t window, int64_t window_end) {
+        const T* q[rows];
+        int64_t limits[rows], end = 0; // how many keys a row sees: like ATen, the first query sees the first key
+        Position position(*this, row);
+        for (int64_t i = 0; i < count; ++i, position.next()) {
+            q[i] = a_.q.at(batch_, position.head, position.query);
+            limits[i] = is_causal ? std::min(window_end, position.query + 1) : window_end;
+            end = std::max(end, limits[i]);
+        }
+        if (end > window)
+            kernel_.load(q, count);
+        float* sums = sums_.data() + in_item * Kernel::padded_head;
+        for (int64_t key = window; key < end; key += Kernel::keys) {
+            const int64_t keys = std::min(Kernel::keys, end - key);
+            float* scores = kernel_.scores(key - window, keys);
+            int64_t seen[rows];
+            for (int64_t i = 0; i < count; ++i)
+                seen[i] = is_causal ? std::clamp<int64_t>(limits[i] - key, 0, keys) : keys;
+            const float factor = scaled(scores, row, seen, count, key);
+            kernel_.weigh(seen, keys, factor, key == 0, known_.data()[in_item / rows], sums);
+            kernel_.add(key - window, keys, key == 0, sums);
+        }
+    }
+
+    // Scale scores, unless the largest ones are so as well when they are scaled; return what is left to scale by.
+    float scaled(float* scores, int64_t row, const int64_t* seen, int64_t count, int64_t key) const {
+        constexpr float log2_e = 1.44269504f;
+        if (a_.mask == nullptr && a_.scale > 0)
+            return a_.scale * log2_e;
+        Position position(*this, row);
+        for (int64_t i = 0; i < count; ++i, position.next()) {
+            const M* mask = a_.mask;
+            if (mask != nullptr)
+                mask += batch_ * a_.mask_batch + position.head * a_.mask_head + position.query * a_.mask_row + key * a_.mask_key;
+            kernel_.scale(scores + i * Kernel::score_stride, a_.scale, mask, a_.mask_key, seen[i]);
+        }
+        return log2_e;
+    }
+};
+
+} // namespace qfuse
+#endif

@@ -1,0 +1,377 @@
+// Attention of bfloat16 by AMX: `tdpbf16ps` on tiles of 16 × 32. Weights are rounded to bfloat16, as in ATen.
+//
+// Keys are packed [key / 16][d / 32][d / 2 % 16][key % 16][d % 2], values [key / 32][d / 16][key / 2 % 16][d % 16][key % 2]:
+// the tiles of both, one after the other. What is missing to whole tiles is zero.
+#ifndef QFUSE_ATTENTION_AMX
+#define QFUSE_ATTENTION_AMX
+#define QFUSE_TARGET_AMX_BF16 \
+    __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")))
+namespace qfuse {
+
+template <typename T, int64_t D>
+class AmxAttention {
+ public:
+    using Element = T; // 16 bits, read as such
+    static constexpr int64_t rows = 32;
+    static constexpr int64_t keys = 256;
+    static constexpr int64_t score_stride = keys + 16; // not a power of two: rows are in different sets of the cache
+    static constexpr int64_t padded_head = (D + 31) / 32 * 32;
+    using Known = AttentionRows<rows>;
+    static constexpr int64_t window = 131072 / padded_head / keys * keys;
+
+    QFUSE_TARGET_AMX_BF16 explicit AmxAttention(int64_t all_keys)
+        : k_(std::min(window, ceil_div(all_keys, 32) * 32) * padded_head),
+          v_(std::min(window, ceil_div(all_keys, 32) * 32) * padded_head) {
+        struct alignas(64) {
+            uint8_t palette = 1, start_row = 0, reserved[14] = {};
+            uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+            uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+        } config;
+        // GCC 12 believes that the next reads 8 of the 64 bytes, and may leave out what sets the others.
+        __asm__ volatile("" : "+m"(config));
+        _tile_loadconfig(&config);
+    }
+    AmxAttention(const AmxAttention&) = delete;
+    AmxAttention& operator=(const AmxAttention&) = delete;
+    QFUSE_TARGET_AMX_BF16 ~AmxAttention() { _tile_release(); }
+
+    QFUSE_TARGET_AMX_BF16 void pack(const T* k, int64_t k_stride, const T* v, int64_t v_stride, int64_t count) {
+        for (int64_t key = 0; key < count; key += 32) {
+            const int64_t n = std::min<int64_t>(32, count - key);
+            uint16_t* packed = k_.data() + key * padded_head;
+            for (int64_t d = 0; d < D; d += 32) {
+                pack_keys(k + key * k_stride + d, k_stride, n, D - d, packed + d * 16);
+                pack_keys(k + (key + 16) * k_stride + d, k_stride, n - 16, D - d, packed + (padded_head + d) * 16);
+                pack_values(v + key * v_stride + d, v_stride, n, D - d, v_.data() + key * padded_head + d * 32);
+            }
+        }
+    }
+
+    QFUSE_TARGET_AMX_BF16 void load(const T* const* q, int64_t count) {
+        count_ = count;
+        for (int64_t i = 0; i < ceil_div(count, 16) * 16; ++i)
+            for (int64_t d = 0; d < padded_head; d += 32)
+                _mm512_storeu_si512(
+                    q_ + i * padded_head + d,
+                    i < count ? _mm512_maskz_loadu_epi16(first_lanes32(D - d), q[i] + d) : _mm512_setzero_si512());
+    }
+
+    QFUSE_TARGET_AMX_BF16 __attribute__((noinline)) float* scores(int64_t first, int64_t count) {
+        __asm__ volatile("" : : : "memory"); // GCC 12's `_tile_loadd` does not tell that it reads memory
+        const uint16_t* k = k_.data() + first * padded_head;
+        for (int64_t key = 0; key < count; key += 32) {
+            if (count_ > 16)
+                scores_of<true>(k + key * padded_head, scores_ + key);
+            else
+                scores_of<false>(k + key * padded_head, scores_ + key);
+        }
+        return scores_;
+    }
+
+    template <typename M>
+    QFUSE_TARGET_AMX_BF16 __attribute__((noinline)) void scale(
+        float* scores, float by, const M* mask, int64_t mask_stride, int64_t count) const {
+        for (int64_t j = 0; j < count; j += 16) {
+            const __mmask16 lanes = first_lanes16(count - j);
+            __m512 s = _mm512_mul_ps(_mm512_loadu_ps(scores + j), _mm512_set1_ps(by));
+            if (mask != nullptr)
+                s = _mm512_add_ps(s, mask_stride == 0 ? _mm512_broadcastss_ps(_mm512_castps512_ps128(masks(mask, 1))) : masks(mask + j, lanes));
+            _mm512_storeu_ps(scores + j, s);
+        }
+    }
+
+    // See `attention.h`. The rows are taken in three steps, because each is a long chain of latencies for one row.
+    QFUSE_TARGET_AMX_BF16 __attribute__((noinline)) void weigh(
+        const int64_t* seen, int64_t count, float factor, bool is_first, Known& known, float* sums) {
+        for (int64_t row = 0; row < count_; row += 16) {
+            const int64_t some = std::min<int64_t>(16, count_ - row);
+            float* scores = scores_ + row * score_stride;
+            alignas(64) float partial[16][16], starts[16];
+            for (int64_t i = 0; i < some; ++i)
+                _mm512_store_ps(partial[i], largest_of(scores + i * score_stride, seen[row + i]));
+            const __m512 before = is_first ? _mm512_set1_ps(-INFINITY) : _mm512_load_ps(known.largest + row);
+            const __m512 largest = _mm512_max_ps(before, reduced(partial, Maximum()));
+            _mm512_store_ps(known.largest + row, largest);
+            // where all scores are −∞, the weights are 0
+            const __m512 from = _mm512_mask_mov_ps(largest, equals(largest, -INFINITY), _mm512_setzero_ps());
+            // the product may leave the range of float where the difference does not: rows masked by the least float
+            const __m512 start = _mm512_mul_ps(from, _mm512_set1_ps(factor));
+            const auto lanes = first_lanes16(some);
+            const bool is_huge = _mm512_mask_cmp_ps_mask(lanes, _mm512_abs_ps(start), _mm512_set1_ps(1e38f), _CMP_NLT_UQ);
+            _mm512_store_ps(starts, is_huge ? from : start);
+            for (int64_t i = 0; i < some; ++i) {
+                float* one = scores + i * score_stride;
+                auto* weights = reinterpret_cast<uint16_t*>(one);
+                const __m512 m = _mm512_set1_ps(starts[i]), c = _mm512_set1_ps(factor);
+                const __m512 sum = is_huge ? exponentials<true>(one, weights, seen[row + i], m, c)
+                                           : exponentials<false>(one, weights, seen[row + i], m, c);
+                _mm512_store_ps(partial[i], sum);
+                for (int64_t j = ceil_div(seen[row + i], 32) * 32; j < count; j += 32)
+                    _mm512_storeu_si512(weights + j, _mm512_setzero_si512());
+            }
+            __m512 sum = reduced(partial, Sum());
+            if (!is_first) {
+                const __m512 by = exponential<true>(before, from, _mm512_set1_ps(factor));
+                sum = _mm512_fmadd_ps(_mm512_load_ps(known.sum + row), by, sum);
+                _mm512_store_ps(starts, by);
+                for (int64_t i = 0; i < some; ++i)
+                    rescale(sums + (row + i) * padded_head, starts[i]);
+            }
+            _mm512_store_ps(known.sum + row, sum);
+        }
+    }
+
+    // sums (+)= weights · values, [rows][padded_head]
+    QFUSE_TARGET_AMX_BF16 __attribute__((noinline)) void add(
+        int64_t first, int64_t count, bool is_first, float* sums) const {
+        __asm__ volatile("" : : : "memory");
+        const uint16_t* v = v_.data() + first * padded_head;
+        for (int64_t d = 0; d < padded_head; d += 32) {
+            if (count_ > 16)
+                add_to<true>(v + 32 * d, count, is_first, sums + d);
+            else
+                add_to<false>(v + 32 * d, count, is_first, sums + d);
+        }
+    }
+
+    QFUSE_TARGET_AMX_BF16 void store(const float* sums, float factor, T* out) const {
+        for (int64_t d = 0; d < D; d += 16) {
+            const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(sums + d), _mm512_set1_ps(factor));
+            _mm256_mask_storeu_epi16(out + d, first_lanes16(D - d), (__m256i)_mm512_cvtneps_pbh(x));
+        }
+    }
+
+ private:
+    Buffer<uint16_t> k_, v_;
+    int64_t count_ = 0;
+    alignas(64) uint16_t q_[rows * padded_head];
+    alignas(64) float scores_[rows * score_stride];
+
+    static __mmask16 first_lanes16(int64_t count) { return count >= 16 ? 0xffff : (1u << std::max<int64_t>(0, count)) - 1; }
+    static __mmask32 first_lanes32(int64_t count) {
+        return count >= 32 ? 0xffffffff : (1u << std::max<int64_t>(0, count)) - 1;
+    }
+
+    QFUSE_TARGET_AMX_BF16 static __m512 masks(const float* mask, __mmask16 lanes) {
+        return _mm512_maskz_loadu_ps(lanes, mask);
+    }
+    QFUSE_TARGET_AMX_BF16 static __m512 masks(const T* mask, __mmask16 lanes) {
+        const __m256i bits = _mm256_maskz_loadu_epi16(lanes, mask);
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+    }
+
+    // A tile of keys: 16 rows of 16 pairs, transposed.
+    QFUSE_TARGET_AMX_BF16 static void pack_keys(const T* k, int64_t stride, int64_t count, int64_t d, uint16_t* out) {
+        __m512i a[16], b[16];
+        const __mmask32 lanes = first_lanes32(d);
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < 16; ++i)
+            a[i] = i < count ? _mm512_maskz_loadu_epi16(lanes, k + i * stride) : _mm512_setzero_si512();
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < 16; i += 2) {
+            b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+            b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+        }
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < 16; i += 4) {
+            a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+            a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+            a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+            a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+        }
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < 4; ++i) {
+            // quarters of four rows each: rows 0 to 3 of quarters 0 and 2, and so on
+            b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
+            b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
+            b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
+            b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
+        }
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < 4; ++i) {
+            _mm512_storeu_si512(out + 32 * i, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
+            _mm512_storeu_si512(out + 32 * (i + 8), _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
+            _mm512_storeu_si512(out + 32 * (i + 4), _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0x88));
+            _mm512_storeu_si512(out + 32 * (i + 12), _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0xdd));
+        }
+    }
+
+    // Two tiles of values: pairs of rows, interleaved.
+    QFUSE_TARGET_AMX_BF16 static void pack_values(const T* v, int64_t stride, int64_t count, int64_t d, uint16_t* out) {
+        const __mmask32 lanes = first_lanes32(d);
+        const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+        for (int64_t i = 0; i < 32; i += 2) {
+            const __m512i a = i < count ? _mm512_maskz_loadu_epi16(lanes, v + i * stride) : _mm512_setzero_si512();
+            const __m512i b = i + 1 < count ? _mm512_maskz_loadu_epi16(lanes, v + (i + 1) * stride) : _mm512_setzero_si512();
+            const __m512i low = _mm512_unpacklo_epi16(a, b), high = _mm512_unpackhi_epi16(a, b);
+            _mm512_storeu_si512(out + 16 * i, _mm512_permutex2var_epi64(low, first, high));
+            _mm512_storeu_si512(out + 16 * i + 512, _mm512_permutex2var_epi64(low, second, high));
+        }
+    }
+
+    // Up to 32 rows by 32 keys.
+    template <bool has_two>
+    QFUSE_TARGET_AMX_BF16 __attribute__((always_inline)) inline void scores_of(const uint16_t* k, float* out) const {
+        _tile_zero(0);
+        _tile_zero(1);
+        if (has_two) {
+            _tile_zero(2);
+            _tile_zero(3);
+        }
+#pragma GCC unroll 8
+        for (int64_t d = 0; d < padded_head; d += 32) {
+            _tile_loadd(4, q_ + d, 2 * padded_head);
+            _tile_loadd(6, k + 16 * d, 64);
+            _tile_loadd(7, k + 16 * (d + padded_head), 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            if (has_two) {
+                _tile_loadd(5, q_ + 16 * padded_head + d, 2 * padded_head);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+        }
+        _tile_stored(0, out, 4 * score_stride);
+        _tile_stored(1, out + 16, 4 * score_stride);
+        if (has_two) {
+            _tile_stored(2, out + 16 * score_stride, 4 * score_stride);
+            _tile_stored(3, out + 16 * score_stride + 16, 4 * score_stride);
+        }
+    }
+
+    // Up to 32 rows by 32 columns.
+    template <bool has_two>
+    QFUSE_TARGET_AMX_BF16 __attribute__((always_inline)) inline void add_to(
+        const uint16_t* v, int64_t count, bool is_first, float* sums) const {
+        constexpr int64_t stride = 4 * padded_head;
+        if (is_first) {
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+        } else {
+            _tile_loadd(0, sums, stride);
+            _tile_loadd(1, sums + 16, stride);
+            if (has_two) {
+                _tile_loadd(2, sums + 16 * padded_head, stride);
+                _tile_loadd(3, sums + 16 * padded_head + 16, stride);
+            }
+        }
+        const auto* weights = reinterpret_cast<const uint16_t*>(scores_);
+        for (int64_t key = 0; key < count; key += 32) {
+            _tile_loadd(4, weights + key, 4 * score_stride);
+            _tile_loadd(6, v + key * padded_head, 64);
+            _tile_loadd(7, v + key * padded_head + 512, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            if (has_two) {
+                _tile_loadd(5, weights + key + 32 * score_stride, 4 * score_stride);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+        }
+        _tile_stored(0, sums, stride);
+        _tile_stored(1, sums + 16, stride);
+        if (has_two) {
+            _tile_stored(2, sums + 16 * padded_head, stride);
+            _tile_stored(3, sums + 16 * padded_head + 16, stride);
+        }
+    }
+
+    struct Maximum {
+        QFUSE_TARGET_AMX_BF16 __m512 operator()(__m512 a, __m512 b) const { return _mm512_max_ps(a, b); }
+    };
+    struct Sum {
+        QFUSE_TARGET_AMX_BF16 __m512 operator()(__m512 a, __m512 b) const { return _mm512_add_ps(a, b); }
+    };
+
+    // The maximum or the sum of each of 16 vectors.
+    template <typename Operator>
+    QFUSE_TARGET_AMX_BF16 __attribute__((always_inline)) static inline __m512 reduced(
+        const float (&vectors)[16][16], Operator of) {
+        __m512 a[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i)
+            a[i] = _mm512_load_ps(vectors[i]);
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) // of rows i and i + 8, in turn
+            a[i] = of(_mm512_unpacklo_ps(a[i], a[i + 8]), _mm512_unpackhi_ps(a[i], a[i + 8]));
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) // i, i + 8, i + 4, i + 12
+            a[i] = of(
+                _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a[i]), _mm512_castps_pd(a[i + 4]))),
+                _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a[i]), _mm512_castps_pd(a[i + 4]))));
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) // the same of i, and then of i + 2, in two quarters each
+            a[i] = of(_mm512_shuffle_f32x4(a[i], a[i + 2], 0x88), _mm512_shuffle_f32x4(a[i], a[i + 2], 0xdd));
+        const __m512 all = of(_mm512_shuffle_f32x4(a[0], a[1], 0x88), _mm512_shuffle_f32x4(a[0], a[1], 0xdd));
+        return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15), all);
+    }
+
+    QFUSE_TARGET_AMX_BF16 static __mmask16 equals(__m512 a, float b) {
+        return _mm512_cmp_ps_mask(a, _mm512_set1_ps(b), _CMP_EQ_OQ);
+    }
+
+    QFUSE_TARGET_AMX_BF16 static void rescale(float* sums, float by) {
+        if (by != 1)
+            for (int64_t d = 0; d < padded_head; d += 16)
+                _mm512_storeu_ps(sums + d, _mm512_mul_ps(_mm512_loadu_ps(sums + d), _mm512_set1_ps(by)));
+    }
+
+    // The largest scores of each lane.
+    QFUSE_TARGET_AMX_BF16 __attribute__((always_inline)) static inline __m512 largest_of(const float* scores, int64_t count) {
+        const __m512 least = _mm512_set1_ps(-INFINITY);
+        __m512 a = least, b = least;
+        int64_t j = 0;
+        for (; j + 32 <= count; j += 32) {
+            a = _mm512_max_ps(_mm512_loadu_ps(scores + j), a);
+            b = _mm512_max_ps(_mm512_loadu_ps(scores + j + 16), b);
+        }
+        if (j < count) {
+            a = _mm512_max_ps(_mm512_mask_loadu_ps(least, first_lanes16(count - j), scores + j), a);
+            b = _mm512_max_ps(_mm512_mask_loadu_ps(least, first_lanes16(count - j - 16), scores + j + 16), b);
+        }
+        return _mm512_max_ps(a, b);
+    }
+
+    // 2^((s − from) · factor), within 1e-4: bfloat16 has 2e-3. 2⁰ and 2¹ are exact, NaN stays NaN, −∞ gives 0.
+    template <bool is_huge>
+    QFUSE_TARGET_AMX_BF16 __attribute__((always_inline)) static inline __m512 exponential(
+        __m512 s, __m512 from, __m512 factor) {
+        const __m512 x = is_huge ? _mm512_mul_ps(_mm512_sub_ps(s, from), factor) : _mm512_fmsub_ps(s, factor, from);
+        const __m512 f = _mm512_reduce_ps(x, 9); // x − ⌊x⌋
+        __m512 p = _mm512_set1_ps(C3);
+        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(C2));
+        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(C1));
+        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+        return _mm512_scalef_ps(p, x);
+    }
+    static constexpr float C1 = 0.69542435f, C2 = 0.22630768f, C3 = 0.07826797f;
+
+    // In place: weights are half as wide as scores. Return their sums in each lane.
+    template <bool is_huge>
+    QFUSE_TARGET_AMX_BF16 __attribute__((always_inline)) static inline __m512 exponentials(
+        const float* scores, uint16_t* weights, int64_t count, __m512 from, __m512 factor) {
+        __m512 sum_a = _mm512_setzero_ps(), sum_b = sum_a;
+        int64_t j = 0;
+        for (; j + 32 <= count; j += 32) {
+            const __m512 a = exponential<is_huge>(_mm512_loadu_ps(scores + j), from, factor);
+            const __m512 b = exponential<is_huge>(_mm512_loadu_ps(scores + j + 16), from, factor);
+            sum_a = _mm512_add_ps(sum_a, a);
+            sum_b = _mm512_add_ps(sum_b, b);
+            _mm512_storeu_si512(weights + j, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+        }
+        if (j < count) {
+            const __mmask16 of_a = first_lanes16(count - j), of_b = first_lanes16(count - j - 16);
+            const __m512 a = _mm512_maskz_mov_ps(of_a, exponential<is_huge>(_mm512_loadu_ps(scores + j), from, factor));
+            const __m512 b = _mm512_maskz_mov_ps(of_b, exponential<is_huge>(_mm512_loadu_ps(scores + j + 16), from, factor));
+            sum_a = _mm512_add_ps(sum_a, a);
+            sum_b = _mm512_add_ps(sum_b, b);
+            _mm512_storeu_si512(weights + j, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+        }
+        return _mm512_add_ps(sum_a, sum_b);
+    }
+};
+
+} // namespace qfuse
+#endif
