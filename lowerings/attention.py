@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,10 @@ log = logging.getLogger("qfuse.lowerings")
 
 _FOLDER = Path(__file__).parent
 _TEMPLATE = (_FOLDER / "templates" / "attention.cpp.jinja").read_text()
-_TEXTS = [(_FOLDER / "cpp" / name).read_text() for name in ("attention.h", "amx_permission.h", "attention_amx.h")]
+_HEADERS = ("block.h", "vector_math.h", "attention.h", "attention_fma.h")
+_AMX_HEADERS = ("amx_permission.h", "attention_amx.h")
 
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LARGEST_HEAD = 256
 
 #: Fewer multiplications than this are not worth waking other threads.
@@ -43,8 +45,10 @@ def why_unsupported(q: Any, k: Any, v: Any, mask: Any | None) -> str | None:
         return "it is not on a CPU"
     if not q.dtype == k.dtype == v.dtype or (mask is not None and mask.dtype not in (q.dtype, torch.float32)):
         return "its operands have several dtypes"
-    if not _has_kernel(q.dtype):
-        return f"there is no kernel for {q.dtype} and this CPU"
+    if mask is not None and not _can_be_read_as_if_expanded(mask.shape, (*q.shape[:-1], k.shape[-2])):
+        return "the mask's shape is not known well enough"
+    if q.dtype not in _DTYPES:
+        return f"there is no kernel for {q.dtype}"
     if not isinstance(concrete(q.shape[-1]), int) or not 0 < concrete(q.shape[-1]) <= _LARGEST_HEAD:
         return f"heads are larger than {_LARGEST_HEAD}"
     if statically_known_true(q.shape[1] * q.shape[2] < _FEWEST_ROWS * k.shape[1]):
@@ -52,9 +56,22 @@ def why_unsupported(q: Any, k: Any, v: Any, mask: Any | None) -> str | None:
     return None
 
 
-def _has_kernel(dtype: torch.dtype) -> bool:
+def _can_be_read_as_if_expanded(mask: Sequence[Any], scores: Sequence[Any]) -> bool:
+    wanted = scores[len(scores) - len(mask) :]
+    return len(mask) in (2, 4) and all(
+        statically_known_true(size == 1) or statically_known_true(size == full)
+        for size, full in zip(mask, wanted, strict=True)
+    )
+
+
+def _uses_amx(dtype: torch.dtype) -> bool:
     has = torch.cpu.get_capabilities()
-    return dtype is torch.bfloat16 and cpu_isa() is Isa.AMX and has.get("amx_bf16", False) and has["avx512_bf16"]
+    return dtype is torch.bfloat16 and cpu_isa() is Isa.AMX and has["amx_bf16"] and has["avx512_bf16"]
+
+
+def _texts(dtype: torch.dtype) -> list[str]:
+    names = _HEADERS + (_AMX_HEADERS if _uses_amx(dtype) else ())
+    return [(_FOLDER / "cpp" / name).read_text() for name in names]
 
 
 @register_lowering(torch.ops.qfuse.attention.default, type_promotion_kind=None)
@@ -97,7 +114,8 @@ class AttentionTemplate(CppTemplate):
         self.operands = {"q": q, "k": k, "v": v} | ({} if mask is None else {"mask": mask})
         super().__init__("attention", list(self.operands.values()), layout, parallel_num_threads())
         self.is_causal = is_causal
-        self.scale = layout.size[-1] ** -0.5 if scale is None else scale
+        self.head = int(layout.size[-1])
+        self.scale = self.head**-0.5 if scale is None else scale
 
     def output(self) -> ir.TensorBox:
         """Return the result of a call of the kernel. There is no other choice, so nothing is benchmarked."""
@@ -124,19 +142,27 @@ class AttentionTemplate(CppTemplate):
         return self._template_from_string(_TEMPLATE).render(
             template=self,
             kernel=kernel,
-            texts=_TEXTS,
+            texts=_texts(self.layout.dtype),
+            uses_amx=_uses_amx(self.layout.dtype),
             inputs=dict(inputs.values()),
-            **self.operands,
+            **self.operands | {"mask": mask},
             out=output,
             mask_type=DTYPE_TO_CPP[self.layout.dtype if mask is None else mask.get_dtype()],
-            mask_strides=_broadcast_strides(kernel, mask),
-            d=int(output.get_size()[-1]),
+            mask_strides=partial(_broadcast_strides, kernel, mask),  # later: `def_kernel` names the symbols
+            symbols=[size for node in self.input_nodes for size in _symbolic(node)],
+            d=self.head,
             type=DTYPE_TO_CPP[self.layout.dtype],
             is_causal=self.is_causal,
-            scale=float(self.scale),
+            scale=self.scale,
             num_threads=self.num_threads,
             parallel_products=_PARALLEL_PRODUCTS,
         )
+
+
+def _symbolic(node: Any) -> list[Any]:
+    """Return the expressions of a layout. Inductor reads them off one view of each buffer by itself."""
+    layout = node.get_layout()
+    return [*layout.size, *layout.stride, layout.offset]
 
 
 def _broadcast_strides(kernel: Any, mask: Any | None) -> list[str]:

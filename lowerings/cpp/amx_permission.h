@@ -1,6 +1,7 @@
 #ifndef QFUSE_AMX_PERMISSION
 #define QFUSE_AMX_PERMISSION
 namespace qfuse {
+#if !QFUSE_COMPILER_IS_OLD
 
 // Ask Linux for the tile registers, once a process; false where it does not grant them.
 static inline bool may_use_amx() {
@@ -11,5 +12,6 @@ static inline bool may_use_amx() {
     return granted;
 }
 
+#endif
 } // namespace qfuse
 #endif

@@ -7,6 +7,7 @@
 #define QFUSE_TARGET_AMX_BF16 \
     __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")))
 namespace qfuse {
+#if !QFUSE_COMPILER_IS_OLD
 
 template <typename T, int64_t D>
 class AmxAttention {
@@ -15,6 +16,7 @@ class AmxAttention {
     static constexpr int64_t rows = 32;
     static constexpr int64_t keys = 256;
     static constexpr int64_t score_stride = keys + 16; // not a power of two: rows are in different sets of the cache
+    static constexpr float log_of_e = 1.44269504f; // weights are powers of 2
     static constexpr int64_t padded_head = (D + 31) / 32 * 32;
     using Known = AttentionRows<rows>;
     static constexpr int64_t window = 131072 / padded_head / keys * keys;
@@ -373,5 +375,6 @@ class AmxAttention {
     }
 };
 
+#endif
 } // namespace qfuse
 #endif
