@@ -128,6 +128,4 @@ def _have_equal_sizes(a: Node, b: Node) -> bool:
 
 
 def _equal(shape: Any, other: Any) -> bool:
-    return len(shape) == len(other) and all(
-        statically_known_true(a == b) for a, b in zip(shape, other, strict=True)
-    )
+    return len(shape) == len(other) and all(statically_known_true(a == b) for a, b in zip(shape, other, strict=True))

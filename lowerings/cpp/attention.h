@@ -7,7 +7,6 @@
 //     static constexpr int64_t rows, keys;                // that it takes at a time
 //     static constexpr int64_t window;                    // the most keys that it holds packed, a multiple of `keys`
 //     static constexpr int64_t padded_head, score_stride; // the distances of rows of sums and of scores
-//     static constexpr float log_of_e;                    // to the base of its exponentials
 //     explicit Kernel(int64_t all_keys);
 //     void pack(const Element* k, int64_t k_stride, const Element* v, int64_t v_stride, int64_t count);
 //     void load(const Element* const* q, int64_t count);  // rows of queries
@@ -18,7 +17,7 @@
 //     void add(int64_t first, int64_t count, bool is_first, float* sums); // sums (+)= weights · values
 //     void store(const float* sums, float factor, Element* out);          // one row
 //
-// `weigh` turns scores into weights, base^(factor · (score − largest of the row)), of which those behind `seen` are 0, and
+// `weigh` turns scores into weights, 2^(factor · (score − largest of the row)), of which those behind `seen` are 0, and
 // scales down the sums until now where the largest score has grown. `is_first`: there are none, and nothing is known.
 #ifndef QFUSE_ATTENTION
 #define QFUSE_ATTENTION
@@ -101,9 +100,13 @@ class AttentionThread {
             for (int64_t row = first; row < end; row += rows)
                 attend(row, std::min(rows, end - row), row - first, window, window_end);
         }
+        if (a_.keys == 0) {
+            std::fill_n(sums_.data(), blocks_ * rows * Kernel::padded_head, 0.0f);
+            std::fill_n(known_.data(), blocks_, typename Kernel::Known{});
+        }
         Position position(*this, first);
         for (int64_t i = 0; i < end - first; ++i, position.next()) {
-            const float sum = a_.keys == 0 ? 0 : known_.data()[i / rows].sum[i % rows]; // 0: a row that sees no key is zero, as in ATen
+            const float sum = known_.data()[i / rows].sum[i % rows]; // 0: a row that sees no key is zero, as in ATen
             kernel_.store(sums_.data() + i * Kernel::padded_head, sum == 0 ? 0 : 1 / sum,
                           a_.out.at(batch_, position.head, position.query));
         }
@@ -157,8 +160,9 @@ class AttentionThread {
 
     // Scale scores, unless the largest ones are so as well when they are scaled; return what is left to scale by.
     float scaled(float* scores, int64_t row, const int64_t* seen, int64_t count, int64_t key) const {
+        constexpr float log2_e = 1.44269504f;
         if (a_.mask == nullptr && a_.scale > 0)
-            return a_.scale * Kernel::log_of_e;
+            return a_.scale * log2_e;
         Position position(*this, row);
         for (int64_t i = 0; i < count; ++i, position.next()) {
             const M* mask = a_.mask;
@@ -166,7 +170,7 @@ class AttentionThread {
                 mask += batch_ * a_.mask_batch + position.head * a_.mask_head + position.query * a_.mask_row + key * a_.mask_key;
             kernel_.scale(scores + i * Kernel::score_stride, a_.scale, mask, a_.mask_key, seen[i]);
         }
-        return Kernel::log_of_e;
+        return log2_e;
     }
 };
 

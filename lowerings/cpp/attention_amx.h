@@ -7,7 +7,6 @@
 #define QFUSE_TARGET_AMX_BF16 \
     __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")))
 namespace qfuse {
-#if !QFUSE_COMPILER_IS_OLD
 
 template <typename T, int64_t D>
 class AmxAttention {
@@ -375,6 +374,5 @@ class AmxAttention {
     }
 };
 
-#endif
 } // namespace qfuse
 #endif

@@ -32,7 +32,10 @@ class Microkernel:
 
 MICROKERNELS = {
     Isa.AMX: Microkernel(
-        "Amx", 32, ("avx512_vnni.h", "amx_permission.h", "amx.h"), ("cstring", "immintrin.h", "sys/syscall.h", "unistd.h")
+        "Amx",
+        32,
+        ("avx512_vnni.h", "amx_permission.h", "amx.h"),
+        ("cstring", "immintrin.h", "sys/syscall.h", "unistd.h"),
     ),
     Isa.AVX512_VNNI: Microkernel("Avx512Vnni", 48, ("avx512_vnni.h",), ("cstring", "immintrin.h")),
     Isa.AVX_VNNI: Microkernel("AvxVnni", 48, ("portable.h", "avx_vnni.h"), ("cstring", "immintrin.h")),

@@ -1,0 +1,373 @@
+"""Attention between quantized linears: which is replaced, and that the kernel computes the same."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import run_python, trace
+from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+import qfuse
+from qfuse.attention import _FLASH, _replace
+from qfuse.fusion_pass import FUSION_PASS
+from qfuse.lowerings import attention as lowering
+
+ATTENTION, FLASH = "qfuse.attention.default", "aten._scaled_dot_product_flash_attention_for_cpu.default"
+needs_amx = pytest.mark.skipif(not lowering._has_amx(), reason="this machine has no AMX")
+
+
+class Block(nn.Module):
+    """Attention as models write it: heads of 32 between linears, keys and values shared by pairs of heads."""
+
+    def __init__(self, attend: Callable[..., Tensor], heads: int = 4, kv_heads: int = 2) -> None:
+        super().__init__()
+        self.attend, self.sizes = attend, (heads, kv_heads, kv_heads)
+        self.projections = nn.ModuleList(nn.Linear(64, 32 * n, bias=False) for n in self.sizes)
+        self.out = nn.Linear(32 * heads, 64, bias=False)
+
+    def forward(self, x: Tensor, *mask: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        q, k, v = (
+            projection(x).view(batch, tokens, n, 32).transpose(1, 2)
+            for projection, n in zip(self.projections, self.sizes, strict=True)
+        )
+        y = self.attend(q, k, v, *mask)
+        return self.out(y.transpose(1, 2).reshape(batch, tokens, -1))
+
+
+def int8(model: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    model = model.bfloat16().eval()
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    return model
+
+
+def repeat_kv(x: Tensor, groups: int = 2) -> Tensor:
+    """As transformers repeats heads."""
+    batch, heads, tokens, size = x.shape
+    return x[:, :, None].expand(batch, heads, groups, tokens, size).reshape(batch, heads * groups, tokens, size)
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, repeat_kv(k), repeat_kv(v))
+
+
+def interleaved(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), is_causal=True)
+
+
+def masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, repeat_kv(k), repeat_kv(v), attn_mask=mask, scale=0.3)
+
+
+def tokens(count: int = 9) -> Tensor:
+    return torch.randn(2, count, 64, dtype=torch.bfloat16)
+
+
+@pytest.fixture
+def as_with_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pass needs no kernel: canonical ops run by their references."""
+    monkeypatch.setattr(lowering, "_has_amx", lambda: True)
+
+
+@pytest.mark.usefixtures("as_with_amx")
+class TestPass:
+    @pytest.mark.parametrize("attend", [plain, interleaved, masked])
+    def test_replaced(self, attend: Callable[..., Tensor]) -> None:
+        args = (tokens(), torch.randn(2, 1, 9, 9).bfloat16()) if attend is masked else (tokens(),)
+        model = int8(Block(attend))
+        with torch.no_grad():
+            traced = trace(model, *args)
+            with qfuse.config.patch(fuse_attention=False):
+                assert torch.equal(traced.result, trace(model, *args).result)
+        assert (traced.before.count(FLASH), traced.after.count(FLASH), traced.after.count(ATTENTION)) == (1, 0, 1)
+        assert traced.before.count("aten.expand.default") - traced.after.count("aten.expand.default") == 2
+
+    def test_values_that_are_repeated_alone(self) -> None:
+        """Keys and values of different numbers of heads are both taken as they are."""
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(q, torch.cat([k, k], 1), repeat_kv(v))
+
+        with torch.no_grad():
+            traced = trace(int8(Block(attend)), tokens())
+        assert ATTENTION in traced.after
+        assert "aten.expand.default" in traced.after
+
+    def test_heads_in_another_order(self) -> None:
+        """Heads that are repeated one after the other, not each, are no shared heads."""
+
+        def tiled(x: Tensor) -> Tensor:
+            batch, heads, count, size = x.shape
+            return x[:, None].expand(batch, 2, heads, count, size).reshape(batch, 2 * heads, count, size)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(q, tiled(k), tiled(v))
+
+        model = int8(Block(attend))
+        with torch.no_grad():
+            traced = trace(model, x := tokens())
+            with qfuse.config.patch(fuse_attention=False):
+                assert torch.equal(traced.result, trace(model, x).result)
+        assert "aten.expand.default" in traced.after
+
+    def _stays(self, model: nn.Module, *args: Tensor, kept: str = FLASH) -> None:
+        with torch.no_grad():
+            traced = trace(model, *args)
+        assert kept in traced.after
+        assert ATTENTION not in traced.after
+
+    def test_not_quantized(self) -> None:
+        self._stays(Block(plain).bfloat16().eval(), tokens())
+
+    def test_switched_off(self) -> None:
+        with qfuse.config.patch(fuse_attention=False):
+            self._stays(int8(Block(plain)), tokens())
+
+    def test_dropout(self) -> None:
+        graph = _flash_graph()
+        (flash,) = graph.find_nodes(op="call_function", target=_FLASH)
+        assert _replace(flash) is None
+        (flash,) = _flash_graph().find_nodes(op="call_function", target=_FLASH)
+        flash.args = (*flash.args, 0.25)
+        assert _replace(flash) == "it has dropout"
+
+    def test_logarithms_of_sums_used(self) -> None:
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+            out, sums = flash(q, repeat_kv(k), repeat_kv(v))
+            return out * sums[..., None].to(out.dtype)
+
+        self._stays(int8(Block(attend)), tokens())
+
+    def test_one_query_for_each_head_of_keys(self) -> None:
+        model = Block(F.scaled_dot_product_attention, kv_heads=4)
+        self._stays(int8(model), tokens(1))
+
+    def test_float32(self) -> None:
+        model = Block(plain).eval()
+        quantize_(model, Int8DynamicActivationInt8WeightConfig())
+        self._stays(model, tokens().float())
+
+    def test_heads_too_large(self) -> None:
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(
+                *(torch.cat([repeat_kv(t, 4 // t.shape[1])] * 9, -1) for t in (q, k, v))
+            )[..., :32]
+
+        self._stays(int8(Block(attend)), tokens())
+
+
+def _flash_graph() -> torch.fx.Graph:
+    """A graph of ATen's op alone, with the values that the pass reads."""
+    graph = torch.fx.Graph()
+    operands = [graph.placeholder(name) for name in "qkv"]
+    for node in operands:
+        node.meta["val"] = torch.empty(1, 4, 8, 32, dtype=torch.bfloat16)
+    flash = graph.call_function(_FLASH, tuple(operands))
+    flash.meta["val"] = (torch.empty(1, 4, 8, 32, dtype=torch.bfloat16), torch.empty(1, 4, 8))
+    graph.output((graph.call_function(operator.getitem, (flash, 0)),))
+    return graph
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None) -> Tensor:
+    """Compute attention in float64; what sees no key is 0, as in ATen."""
+    q, k, v = q.double(), *(t.double().repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if mask is not None:
+        scores = scores + mask.double()
+    if is_causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
+    unseen = (scores == -torch.inf).all(-1, keepdim=True)
+    return scores.masked_fill(unseen, 0).softmax(-1).masked_fill(unseen, 0) @ v
+
+
+def run(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False, scale: float | None = None
+) -> Tensor:
+    """Run the compiled kernel, with symbolic sizes."""
+    FUSION_PASS.uuid()  # registers the lowerings
+    torch._dynamo.reset()
+    for tensor in (q, k, v):
+        torch._dynamo.mark_static(tensor, 3)
+    return _compiled(q, k, v, mask, is_causal, scale)
+
+
+@torch.compile(dynamic=True)
+def _compiled(*args: Any) -> Tensor:
+    return torch.ops.qfuse.attention(*args)
+
+
+def heads(batch: int, count: int, rows: int, size: int) -> Tensor:
+    return torch.randn(batch, rows, count, size, dtype=torch.bfloat16).transpose(1, 2)
+
+
+def _strides(x: Tensor) -> list[int]:
+    return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+
+
+def check(result: Tensor, *args: Any) -> None:
+    """Compare the error with that of ATen's op."""
+    reference, true = torch.ops.qfuse.attention(*args), exact(*args)
+    assert _strides(result) == _strides(reference)
+    assert (result - true).norm() <= 1.05 * (reference - true).norm() + 1e-4 * true.norm()
+
+
+#: batch, heads, heads of keys, queries, keys, size of a head
+SIZES = [
+    (3, 2, 1, 5, 3, 64),
+    (2, 6, 3, 600, 513, 64),
+    (1, 16, 4, 1, 256, 64),
+    (1, 2, 1, 9, 4500, 64),
+    (2, 4, 2, 33, 65, 80),
+    (2, 4, 1, 7, 300, 20),
+    (1, 2, 1, 5, 70, 256),
+]
+
+
+@needs_amx
+class TestKernel:
+    @pytest.mark.parametrize("sizes", SIZES, ids=str)
+    def test_numbers(self, sizes: tuple[int, ...]) -> None:
+        batch, count, shared, rows, keys, size = sizes
+        torch.manual_seed(0)
+        q, k, v = heads(batch, count, rows, size), heads(batch, shared, keys, size), heads(batch, shared, keys, size)
+        of_columns = torch.rand(batch, 1, 1, keys).log().bfloat16()
+        of_rows = torch.randn(1, count, rows, 1).bfloat16().expand(batch, -1, -1, keys)
+        # a negative scale only where all keys are seen: ATen multiplies −∞ by it
+        cases = (
+            (None, True, None),
+            (torch.randn(rows, keys), False, -0.3),
+            (of_columns, False, 0.2),
+            (torch.randn(keys, rows).t(), True, None),
+            (of_rows, False, None),
+        )
+        for mask, is_causal, scale in cases if size == 64 else cases[:2]:
+            check(run(q, k, v, mask, is_causal, scale), q, k, v, mask, is_causal, scale)
+
+    def test_one_compile_for_all_sizes(self) -> None:
+        """Sizes are symbols of the kernel."""
+        torch.manual_seed(0)
+        run(heads(2, 6, 5, 64), heads(2, 3, 7, 64), heads(2, 3, 7, 64))  # no two sizes alike: they would stay so
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for batch, rows, keys in ((4, 40, 9), (5, 2, 700), (2, 129, 130)):
+                q, k, v = heads(batch, 6, rows, 64), heads(batch, 3, keys, 64), heads(batch, 3, keys, 64)
+                check(_compiled(q, k, v, None, False, None), q, k, v, None, False, None)
+
+    def test_no_queries_or_keys(self) -> None:
+        """ATen's op divides by zero."""
+        assert run(heads(2, 4, 0, 32), heads(2, 4, 5, 32), heads(2, 4, 5, 32)).shape == (2, 4, 0, 32)
+        assert run(heads(0, 4, 3, 32), heads(0, 4, 5, 32), heads(0, 4, 5, 32)).shape == (0, 4, 3, 32)
+        assert run(heads(2, 4, 3, 32), heads(2, 4, 0, 32), heads(2, 4, 0, 32)).eq(0).all()
+
+    def test_rows_that_see_nothing(self) -> None:
+        q, k, v = heads(1, 2, 40, 32), heads(1, 2, 300, 32), heads(1, 2, 300, 32)
+        mask = torch.zeros(40, 300)
+        mask[3] = -torch.inf
+        mask[5, :290] = -torch.inf
+        result = run(q, k, v, mask)
+        assert result[:, :, 3].eq(0).all()
+        check(result, q, k, v, mask, False, None)
+
+    @pytest.mark.parametrize("least", [torch.finfo(torch.float32).min, torch.finfo(torch.bfloat16).min])
+    def test_rows_masked_by_the_least_number(self, least: float) -> None:
+        """As models write masks: all keys weigh the same then."""
+        q, k, v = heads(1, 2, 40, 32), heads(1, 2, 300, 32), heads(1, 2, 300, 32)
+        mask = torch.zeros(40, 300)
+        mask[3], mask[7, 9:] = least, least
+        check(run(q, k, v, mask), q, k, v, mask, False, None)
+
+    def test_nan_and_infinity(self) -> None:
+        """What is no number stays in its row, as in ATen."""
+        q, k, v = heads(1, 2, 40, 32), heads(1, 2, 300, 32), heads(1, 2, 300, 32)
+        q[0, 0, 3, 5], q[0, 1, 4, 6] = torch.nan, torch.inf
+        result, reference = run(q, k, v), torch.ops.qfuse.attention(q, k, v, None, False, None)
+        assert torch.equal(result.isnan(), reference.isnan())
+
+    def test_strides(self) -> None:
+        """Slices of one buffer, broadcast keys, and elements that are not next to each other."""
+        torch.manual_seed(0)
+        together = torch.randn(2, 20, 12, 32, dtype=torch.bfloat16)
+
+        @torch.compile
+        def of_slices(x: Tensor) -> Tensor:
+            q, k, v = (x[:, :, i : i + 4].transpose(1, 2) for i in (0, 4, 8))
+            return torch.ops.qfuse.attention(q, k, v, None, False, None)
+
+        q, k, v = (together[:, :, i : i + 4].transpose(1, 2) for i in (0, 4, 8))
+        check(of_slices(together), q, k, v, None, False, None)
+        k = torch.randn(1, 1, 20, 32, dtype=torch.bfloat16).expand(2, 4, -1, -1)
+        v = torch.randn(2, 4, 32, 20, dtype=torch.bfloat16).transpose(2, 3)
+        check(run(q, k, v), q, k, v, None, False, None)
+
+    @settings(max_examples=15, deadline=None)
+    @given(
+        batch=st.integers(1, 3),
+        shared=st.integers(1, 3),
+        groups=st.integers(1, 3),
+        rows=st.integers(1, 70),
+        keys=st.integers(1, 600),
+        is_causal=st.booleans(),
+        seed=st.integers(0, 99),
+    )
+    def test_any_sizes(
+        self, batch: int, shared: int, groups: int, rows: int, keys: int, is_causal: bool, seed: int
+    ) -> None:
+        FUSION_PASS.uuid()
+        torch.manual_seed(seed)
+        q, k, v = (
+            heads(batch, shared * groups, rows, 32),
+            heads(batch, shared, keys, 32),
+            heads(batch, shared, keys, 32),
+        )
+        for tensor in (q, k, v):
+            torch._dynamo.mark_static(tensor, 3)
+        check(_compiled(q, k, v, None, is_causal, None), q, k, v, None, is_causal, None)
+
+    def test_in_a_model(self) -> None:
+        """One kernel, no call of ATen's, keys and values not copied for each head."""
+        model, x = int8(Block(interleaved)), tokens(40)
+        with torch.no_grad():
+            result, (code, *_) = run_and_get_code(torch.compile(model), x)
+            with qfuse.config.patch(fuse_attention=False):
+                torch._dynamo.reset()
+                other = torch.compile(model)(x)
+        assert code.count("qfuse::attend<qfuse::AmxAttention<T, 32>, true>(attention, threads)") == 1
+        assert "_scaled_dot_product_flash_attention_for_cpu.default(" not in code
+        assert (result - other).norm() <= 0.05 * other.norm()
+
+    def test_ahead_of_time(self, tmp_path: Path) -> None:
+        run_python(COMPILE, cwd=str(tmp_path))
+        run_python(RUN, cwd=str(tmp_path))
+
+
+COMPILE = """
+    import torch, qfuse
+    from test_attention import Block, int8, interleaved, tokens
+
+    model, x = int8(Block(interleaved)), tokens(40)
+    with torch.no_grad():
+        dim = torch.export.Dim("tokens", min=2, max=64)
+        program = torch.export.export(model, (x,), dynamic_shapes=({1: dim},))
+        torch._inductor.aoti_compile_and_package(program, package_path="model.pt2")
+        torch.save([(y, model(y)) for y in (x, x[:, :7].contiguous())], "expected.pt")
+"""
+
+RUN = """
+    import sys, torch
+
+    package = torch._inductor.aoti_load_package("model.pt2")
+    for x, expected in torch.load("expected.pt"):
+        assert (package(x) - expected).norm() <= 0.05 * expected.norm()
+    assert "qfuse" not in sys.modules
+"""
