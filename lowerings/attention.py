@@ -46,6 +46,8 @@ def why_unsupported(q: Any, k: Any, v: Any, mask: Any | None) -> str | None:
         return "it is not on a CPU"
     if not q.dtype == k.dtype == v.dtype or (mask is not None and mask.dtype not in (q.dtype, torch.float32)):
         return "its operands have several dtypes"
+    if not _fit(q.shape, k.shape, v.shape):
+        return "the shapes of its operands are not known to fit"
     if mask is not None and not _can_be_read_as_if_expanded(mask.shape, (*q.shape[:-1], k.shape[-2])):
         return "the mask's shape is not known well enough"
     if q.dtype is not torch.bfloat16 or not _has_amx():
@@ -55,6 +57,12 @@ def why_unsupported(q: Any, k: Any, v: Any, mask: Any | None) -> str | None:
     if statically_known_true(q.shape[1] * q.shape[2] < _FEWEST_ROWS * k.shape[1]):
         return f"fewer than {_FEWEST_ROWS} queries share keys"
     return None
+
+
+def _fit(q: Sequence[Any], k: Sequence[Any], v: Sequence[Any]) -> bool:
+    """Tell whether k and v are alike, and q has as many batches, and each of their heads serves as many of q's."""
+    pairs = [*zip(k, v, strict=True), (q[0], k[0]), (q[3], k[3]), (q[1] % k[1], 0)]
+    return all(statically_known_true(a == b) for a, b in pairs)
 
 
 def _can_be_read_as_if_expanded(mask: Sequence[Any], scores: Sequence[Any]) -> bool:
