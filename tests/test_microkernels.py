@@ -25,6 +25,7 @@ pytestmark = pytest.mark.skipif(compiler() is None, reason="there is no C++ comp
 #: Calls a microkernel on one panel, as the kernel that is rendered for Inductor does.
 DRIVER = """
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 {includes}
@@ -39,9 +40,14 @@ extern "C" void run(const uint8_t* x, int64_t stride, const float* x_scale, int6
     std::copy_n(compensation, 64, panel.compensation);
     std::copy_n(w_scale, 64, panel.scale);
     constexpr int64_t most = qfuse::{class_name}::max_rows;
-    for (int64_t i = 0; i < rows; i += most)
+    int64_t stored = 0;
+    const auto store = [&](int64_t first, int64_t last) {{ stored = first == stored ? last : -1; }};
+    for (int64_t i = 0; i < rows; i += most, stored = 0) {{
         microkernel({{x + i * stride, stride, x_scale + i * scale_stride, scale_stride, std::min(most, rows - i)}},
-                    panel, out + 64 * i);
+                    panel, out + 64 * i, store);
+        if (stored < most) // each row of the block before, once
+            out[64 * i] = NAN;
+    }}
 }}
 """
 

@@ -10,6 +10,7 @@ class Amx {
  public:
     static constexpr int64_t row_tile = 32;
     static constexpr int64_t max_rows = 32;
+    static constexpr int64_t blocks = 2;
 
     explicit Amx(int64_t k) : k_(k), few_(k), granted_(may_use_amx()) {}
     Amx(const Amx&) = delete;
@@ -19,9 +20,12 @@ class Amx {
             _tile_release();
     }
 
-    QFUSE_TARGET_AMX void operator()(const Rows& x, Panel& w, float* out) {
+    template <typename Meanwhile>
+    QFUSE_TARGET_AMX void operator()(const Rows& x, Panel& w, float* out, const Meanwhile& meanwhile) {
+        if (x.count <= 16 || !granted_)
+            meanwhile(0, max_rows);
         if (x.count <= fewest_rows || !granted_) {
-            few_(x, w, out);
+            few_(x, w, out, [](int64_t, int64_t) {});
             return;
         }
         if (configured_ != x.count)
@@ -34,8 +38,8 @@ class Amx {
             }
         }
         if (x.count > 16) {
-            two_by_two(x, w, 0, tail[0], out);
-            two_by_two(x, w, 32, tail[0], out);
+            two_by_two(x, w, 0, tail[0], out, meanwhile);
+            two_by_two(x, w, 32, tail[0], out, meanwhile);
         } else {
             one_by_four(x, w, tail[0], out);
         }
@@ -98,19 +102,39 @@ class Amx {
         _tile_dpbusd(3, 5, 7);
     }
 
-    // 17 to 32 rows by 32 columns.
+    // 17 to 32 rows by 32 columns. AMX multiplies by itself, but the window in which the CPU looks for something to do
+    // is shorter than a block: so between its instructions are those that store half of the block before, and that fetch
+    // a part of the next panel.
+    template <typename Meanwhile>
     QFUSE_TARGET_AMX __attribute__((noinline)) void two_by_two(
-        const Rows& x, const Panel& w, int64_t column, const uint8_t* tail, float* out) const {
+        const Rows& x, Panel& w, int64_t column, const uint8_t* tail, float* out, const Meanwhile& meanwhile) const {
+        const int64_t steps = (k_ + 63) / 64, rows_a_step = (16 + steps - 1) / steps;
+        const int64_t calls = (w.rows + 31) / 32 * 2, lines = std::max<int64_t>(4, (64 + calls - 1) / calls);
+        const char* next = reinterpret_cast<const char*>(w.data) + 4096 * steps + 64 * lines * steps * w.tiles;
+        const char* const next_end = reinterpret_cast<const char*>(w.data) + 2 * 4096 * steps;
+        ++w.tiles;
+        int64_t row = column / 2;
+        const int64_t last_row = row + 16;
         const int8_t* b = w.data + 4 * column;
         _tile_zero(0);
         _tile_zero(1);
         _tile_zero(2);
         _tile_zero(3);
         int64_t k = 0;
-        for (; k + 64 <= k_; k += 64)
+        for (; k + 64 <= k_; k += 64) {
             multiply_two_by_two(x.data + k, x.stride, b + 64 * k);
+            for (const char* end = std::min(next_end, next + 64 * lines); next < end; next += 64)
+                _mm_prefetch(next, _MM_HINT_T1);
+            if (row < last_row) {
+                const int64_t to = std::min(last_row, row + rows_a_step);
+                meanwhile(row, to);
+                row = to;
+            }
+        }
         if (k < k_)
             multiply_two_by_two(tail, 64, b + 64 * k);
+        if (row < last_row)
+            meanwhile(row, last_row);
         alignas(64) int32_t sums[32][32];
         _tile_stored(0, sums[0], 128);
         _tile_stored(1, sums[0] + 16, 128);

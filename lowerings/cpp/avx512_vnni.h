@@ -21,10 +21,13 @@ class Avx512Vnni {
  public:
     static constexpr int64_t row_tile = 6;
     static constexpr int64_t max_rows = 48;
+    static constexpr int64_t blocks = 1;
 
     explicit Avx512Vnni(int64_t k) : k_(k) {}
 
-    void operator()(const Rows& x, Panel& w, float* out) const {
+    template <typename Meanwhile>
+    void operator()(const Rows& x, Panel& w, float* out, const Meanwhile& meanwhile) const {
+        meanwhile(0, max_rows);
         // 16 rows are 6 + 5 + 5, not 6 + 6 + 4: small tiles wait for the weight.
         for (int64_t row = 0, tiles = (x.count + row_tile - 1) / row_tile; tiles > 0; --tiles) {
             const int64_t rows = (x.count - row + tiles - 1) / tiles;

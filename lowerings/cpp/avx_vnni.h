@@ -15,10 +15,13 @@ class AvxVnni {
  public:
     static constexpr int64_t row_tile = 6;
     static constexpr int64_t max_rows = 48;
+    static constexpr int64_t blocks = 1;
 
     explicit AvxVnni(int64_t k) : k_(k) {}
 
-    void operator()(const Rows& x, const Panel& w, float* out) const {
+    template <typename Meanwhile>
+    void operator()(const Rows& x, const Panel& w, float* out, const Meanwhile& meanwhile) const {
+        meanwhile(0, max_rows);
         for (int64_t row = 0, tiles = (x.count + row_tile - 1) / row_tile; tiles > 0; --tiles) {
             const int64_t rows = (x.count - row + tiles - 1) / tiles;
             const Rows part{x.data + row * x.stride, x.stride, x.scale + row * x.scale_stride, x.scale_stride, rows};

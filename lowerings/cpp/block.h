@@ -2,10 +2,12 @@
 //
 //     static constexpr int64_t row_tile;   // rows that it computes at a time, most efficiently
 //     static constexpr int64_t max_rows;   // rows that it takes in one call
+//     static constexpr int64_t blocks;     // places for results that it wants: 2 if it overlaps, else 1
 //     explicit Microkernel(int64_t k);     // one for each thread
-//     void operator()(const Rows& x, Panel& w, float* out);
+//     void operator()(const Rows& x, Panel& w, float* out, const Meanwhile& meanwhile);
 //
-// which computes out[i][j] = (Σk x[i][k] · w[j][k] − compensation[j]) · x_scale[i] · w_scale[j], row-major [rows][64].
+// It calls meanwhile(first, last) for 0 to at least max_rows, in order, to have these rows of the block before stored: that
+// overlaps with what it computes, or comes first where both have the same place. It computes out[i][j] = (Σk x[i][k] · w[j][k] − compensation[j]) · x_scale[i] · w_scale[j], row-major [rows][64].
 // The products are rounded in this order, like the reference's, so that no intermediate leaves float32 unless the
 // reference's does.
 #ifndef QFUSE_BLOCK

@@ -8,10 +8,13 @@ class Portable {
  public:
     static constexpr int64_t row_tile = 4;
     static constexpr int64_t max_rows = 48;
+    static constexpr int64_t blocks = 1;
 
     explicit Portable(int64_t k) : k_(k) {}
 
-    void operator()(const Rows& x, const Panel& w, float* out) const {
+    template <typename Meanwhile>
+    void operator()(const Rows& x, const Panel& w, float* out, const Meanwhile& meanwhile) const {
+        meanwhile(0, max_rows);
         alignas(64) int32_t sums[max_rows][panel_columns] = {};
         for (int64_t k = 0; k < k_; k += part) {
             const int64_t length = std::min(part, k_ - k);
