@@ -6,8 +6,9 @@
 //     explicit Microkernel(int64_t k);     // one for each thread
 //     void operator()(const Rows& x, Panel& w, float* out, const Meanwhile& meanwhile);
 //
-// It calls meanwhile(first, last) for 0 to at least max_rows, in order, to have these rows of the block before stored: that
-// overlaps with what it computes, or comes first where both have the same place. It computes out[i][j] = (Σk x[i][k] · w[j][k] − compensation[j]) · x_scale[i] · w_scale[j], row-major [rows][64].
+// which computes out[i][j] = (Σk x[i][k] · w[j][k] − compensation[j]) · x_scale[i] · w_scale[j], row-major [rows][64]. It
+// calls meanwhile(first, last) for 0 to at least max_rows, in order, to have these rows of the block before stored: that
+// overlaps with what it computes, or comes first where both have the same place.
 // The products are rounded in this order, like the reference's, so that no intermediate leaves float32 unless the
 // reference's does.
 #ifndef QFUSE_BLOCK
