@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 from qfuse.config import is_enabled
 from qfuse.fusion_pass import FUSION_PASS
 from qfuse.inductor import compile_like_inductor
+from qfuse.memory import keep_freed_memory
 
 
 def compile_graph(
@@ -28,4 +29,5 @@ def compile_graph(
         RuntimeError: for a mode or an option that Inductor does not know.
     """
     graph_pass = FUSION_PASS if is_enabled() else None
+    keep_freed_memory()
     return compile_like_inductor(gm, example_inputs, graph_pass=graph_pass, mode=mode, options=options)

@@ -28,7 +28,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qfuse.memory import in_huge_pages
+from qfuse.memory import empty_in_huge_pages
 
 _library = torch.library.Library("qfuse", "DEF")
 _library.define("pack_column_sums(Tensor weight) -> Tensor")
@@ -78,7 +78,9 @@ def _pack_int8_weight(weight: Tensor) -> Tensor:
     n, k = weight.shape
     padded = torch.nn.functional.pad(weight, (0, -k % 64, 0, -n % 64))
     panels = padded.view(-1, 64, padded.shape[1] // 4, 4).transpose(1, 2)
-    return in_huge_pages(torch.empty(panels.shape, dtype=weight.dtype, device=weight.device)).copy_(panels)
+    if weight.device.type != "cpu":
+        return panels.contiguous()
+    return empty_in_huge_pages(panels.shape, weight.dtype).copy_(panels)
 
 
 @torch.library.register_fake("qfuse::pack_int8_weight", lib=_library)
