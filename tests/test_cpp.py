@@ -16,6 +16,7 @@ from torch._inductor.utils import fresh_cache, run_and_get_code
 
 from qfuse.isa import Isa
 from qfuse.lowerings.cpp import template
+from qfuse.lowerings.cpp.fast_math import fast_math
 
 K, N = 67, 130
 
@@ -74,19 +75,19 @@ def test_what_follows_is_fused(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "stored", "function"),
+    ("dtype", "stored", "rough"),
     [
-        (torch.bfloat16, torch.bfloat16, "rough_erf"),
-        (torch.float32, torch.bfloat16, "rough_erf"),  # as between a bfloat16 linear and its GELU
-        (torch.float32, torch.float32, "erf"),
+        (torch.bfloat16, torch.bfloat16, "rough_"),
+        (torch.float32, torch.bfloat16, "rough_"),  # as between a bfloat16 linear and its GELU
+        (torch.float32, torch.float32, ""),
     ],
     ids=str,
 )
-def test_erf_is_as_exact_as_what_is_stored(dtype: torch.dtype, stored: torch.dtype, function: str) -> None:
-    model = Followed(lambda y, _: F.gelu(y).to(stored), dtype)
+def test_functions_are_as_exact_as_what_is_stored(dtype: torch.dtype, stored: torch.dtype, rough: str) -> None:
+    model = Followed(lambda y, _: (F.gelu(y) + torch.sigmoid(y)).to(stored), dtype)
     with fresh_cache():
         _, (code,) = run_and_get_code(torch.compile(model), *model.inputs(5))
-    assert set(re.findall(r"= qfuse::(\w*erf)\(", code)) == {function}
+    assert set(re.findall(r"= qfuse::(\w*(?:erf|sigmoid))\(", code)) == {f"{rough}erf", f"{rough}sigmoid"}
 
 
 @pytest.mark.parametrize("isa", [isa for isa in Isa if _runs(isa)], ids=lambda isa: isa.name)
@@ -126,17 +127,32 @@ def test_threads(threads: int) -> None:
         torch.set_num_threads(before)
 
 
-def test_extreme_values() -> None:
-    """exp, erf and tanh of the template: infinities, NaN, and where they round to their limits."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_extreme_values(dtype: torch.dtype) -> None:
+    """The template's functions: infinities, NaN, where they round to their limits, and what is between."""
 
     def each(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
         return lambda y, other: function(torch.where(y < 1e9, other, y))  # all of other, and the linear is needed
 
     values = [0.0, -0.0, 1e-30, -1e-30, 0.3, -0.6, 0.93, 1.0, -3.0, 4.0, 5.5, 12.0, -30.0, 87.0, 88.7, 89.0, -87.0]
     values += [-103.0, -104.0, 1e30, -1e30, float("inf"), float("-inf"), float("nan")]
+    tolerance = 5e-7 if dtype is torch.float32 else 2**-7  # a unit in the last place: what is near a tie
     for function in (torch.exp, torch.erf, torch.tanh, torch.sigmoid):
-        model = Followed(each(function), torch.float32, n=64)
-        x, xs, other = model.inputs(3)
-        other[:, : len(values)] = torch.tensor(values)
+        model = Followed(each(function), dtype, n=64)
+        x, xs, other = model.inputs(64)
+        other[:] = torch.linspace(-6, 6, other.numel()).view(64, 64)
+        other[0, : len(values)] = torch.tensor(values)
         result = torch.compile(model)(x, xs, other)
-        torch.testing.assert_close(result, function(other.double()).float(), rtol=5e-7, atol=1e-37, equal_nan=True)
+        torch.testing.assert_close(result, function(other.double()).to(dtype), rtol=tolerance, atol=1e-37, equal_nan=True)
+
+
+def test_rough_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before they are rounded to bfloat16, they are far more exact than that."""
+    monkeypatch.setattr(template, "fast_math", lambda stored: fast_math({torch.bfloat16}))
+    for function, tolerance in ((torch.erf, 2.5e-6), (torch.sigmoid, 6e-6)):
+        model = Followed(lambda y, other, f=function: f(torch.where(y < 1e9, other, y)), torch.float32, n=64)
+        x, xs, _ = model.inputs(1000)
+        other = torch.linspace(-7, 7, 64000).view(1000, 64)
+        result, (code,) = run_and_get_code(torch.compile(model), x, xs, other)
+        assert f"qfuse::rough_{function.__name__}(" in code
+        torch.testing.assert_close(result, function(other.double()).float(), rtol=tolerance, atol=0)

@@ -19,11 +19,11 @@ VECTOR_MATH = (Path(__file__).parent / "vector_math.h").read_text()
 def fast_math(stored: Set[torch.dtype]) -> Iterator[None]:
     """Let Inductor's C++ code generation call the functions of `VECTOR_MATH`, which the source has to include.
 
-    stored: the dtypes that the kernel stores. If that is bfloat16 alone, erf may be a little rougher.
+    stored: the dtypes that the kernel stores. If that is bfloat16 alone, erf and sigmoid may be a little rougher.
     """
-    functions = {name: name for name in ("exp", "erf", "tanh")}
+    functions = {name: name for name in ("exp", "erf", "tanh", "sigmoid")}
     if stored == {torch.bfloat16}:
-        functions["erf"] = "rough_erf"
+        functions |= {name: f"rough_{name}" for name in ("erf", "sigmoid")}
     original = CppVecKernel.get_to_dtype_expr
 
     def converted(self: Any, *args: Any, **kwargs: Any) -> str:
@@ -32,14 +32,9 @@ def fast_math(stored: Set[torch.dtype]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name, function in functions.items():
             stack.enter_context(patch.object(CppVecOverrides, name, _calls(function)))
-        stack.enter_context(patch.object(CppVecOverrides, "sigmoid", staticmethod(_sigmoid)))
         stack.enter_context(patch.object(CppVecKernel, "get_to_dtype_expr", converted))
         yield
 
 
 def _calls(name: str) -> Any:
     return staticmethod(lambda x: f"qfuse::{name}({x})")
-
-
-def _sigmoid(x: Any) -> str:
-    return f"decltype({x})(1) / (decltype({x})(1) + qfuse::exp({x}.neg()))"

@@ -1,5 +1,5 @@
 // Functions of float vectors, inlined, for what Inductor fuses behind the matmul. Sleef's, which `at::vec` calls, take
-// most of the time of a fused GELU or SiLU. Errors are at most 2 ulp, but for `rough_erf`.
+// most of the time of a fused GELU or SiLU. Errors are at most 2 ulp, but for the rough ones.
 // Only AVX-512 has its own; others call `at::vec`.
 #ifndef QFUSE_VECTOR_MATH
 #define QFUSE_VECTOR_MATH
@@ -47,28 +47,77 @@ static inline __m512 erf_of(__m512 x) {
     return _mm512_mask_mov_ps(near, _mm512_cmp_ps_mask(t, _mm512_set1_ps(0.921875f), _CMP_GT_OQ), far);
 }
 
-// erf x for results that are rounded to bfloat16: x times a rational function of x², within 5 ulp (at::vec's: 3)
-// (fitted to the least relative error on 0 ≤ x ≤ 3.9375, where erf rounds to 1), in half the time.
+// The coefficients of erf (i / 8 + r), |r| ≤ 1 / 16, as a polynomial of r, for i from 0 to 31: erf is odd in the first,
+// and 1 in the last.
+alignas(64) static const float erf_coefficients[4][32] = {
+    {
+      0.0f, 1.40316069e-01f, 2.76326150e-01f, 4.04116601e-01f, 5.20499527e-01f, 6.23240530e-01f, 7.11155355e-01f,
+      7.84074843e-01f, 8.42700660e-01f, 8.88388157e-01f, 9.22900140e-01f, 9.48170125e-01f, 9.66105223e-01f,
+      9.78443801e-01f, 9.86671746e-01f, 9.91990149e-01f, 9.95322347e-01f, 9.97346044e-01f, 9.98537302e-01f,
+      9.99217093e-01f, 9.99593079e-01f, 9.99794662e-01f, 9.99899387e-01f, 9.99952137e-01f, 9.99977887e-01f,
+      9.99990106e-01f, 9.99995708e-01f, 9.99998212e-01f, 9.99999285e-01f, 9.99999702e-01f, 9.99999881e-01f, 1.0f
+    },
+    {
+      1.12837899e+00f, 1.11088479e+00f, 1.06001377e+00f, 9.80352581e-01f, 8.78782570e-01f, 7.63499677e-01f,
+      6.42931342e-01f, 5.24745345e-01f, 4.15107816e-01f, 3.18274260e-01f, 2.36521348e-01f, 1.70359924e-01f,
+      1.18930362e-01f, 8.04722682e-02f, 5.27749658e-02f, 3.35457735e-02f, 2.06669234e-02f, 1.23407608e-02f,
+      7.14226812e-03f, 4.00643796e-03f, 2.17825500e-03f, 1.14785496e-03f, 5.86264068e-04f, 2.90220109e-04f,
+      1.39248194e-04f, 6.47559282e-05f, 2.91875240e-05f, 1.27509575e-05f, 5.39903385e-06f, 2.21573077e-06f,
+      8.81344135e-07f, 0.0f
+    },
+    {
+      0.0f, -1.38592601e-01f, -2.64508098e-01f, -3.66982311e-01f, -4.38676864e-01f, -4.76498514e-01f,
+      -4.81610060e-01f, -4.58713025e-01f, -4.14837182e-01f, -3.57948720e-01f, -2.95675159e-01f, -2.34363511e-01f,
+      -1.78569376e-01f, -1.30961433e-01f, -9.25440118e-02f, -6.30634502e-02f, -4.14685160e-02f, -2.63272412e-02f,
+      -1.61448047e-02f, -9.56673082e-03f, -5.47943171e-03f, -3.03435395e-03f, -1.62501319e-03f, -8.41773232e-04f,
+      -4.21849400e-04f, -2.04555385e-04f, -9.59875179e-05f, -4.35934708e-05f, -1.91636300e-05f, -8.15502972e-06f,
+      -3.35971436e-06f, 0.0f
+    },
+    {
+      -3.75685930e-01f, -3.58215153e-01f, -3.08780223e-01f, -2.34654263e-01f, -1.46427900e-01f, -5.58054186e-02f,
+      2.65291892e-02f, 9.25957710e-02f, 1.38031647e-01f, 1.62153095e-01f, 1.67305484e-01f, 1.57788232e-01f,
+      1.38679326e-01f, 1.14830069e-01f, 9.01895091e-02f, 6.74969628e-02f, 4.82868105e-02f, 3.30983810e-02f,
+      2.17765793e-02f, 1.37713440e-02f, 8.37997068e-03f, 4.91103483e-03f, 2.77385768e-03f, 1.51091209e-03f,
+      7.94072053e-04f, 4.02842328e-04f, 1.97345333e-04f, 9.33846750e-05f, 4.26976367e-05f, 1.88676986e-05f,
+      8.05964555e-06f, 0.0f
+    },
+};
+
+// erf x for results that are rounded to bfloat16, within 4e-7 and relatively 2e-6, in half the time.
 static inline __m512 rough_erf_of(__m512 x) {
-    const __m512 end = _mm512_set1_ps(3.9375f);
-    const __m512 c = _mm512_max_ps(_mm512_sub_ps(_mm512_setzero_ps(), end), _mm512_min_ps(end, x));
-    const __m512 s = _mm512_mul_ps(c, c);
-    __m512 p = _mm512_set1_ps(2.035941861322499e-06f);
-    p = _mm512_fmadd_ps(p, s, _mm512_set1_ps(2.847550786100328e-04f));
-    p = _mm512_fmadd_ps(p, s, _mm512_set1_ps(3.7900747265666723e-03f));
-    p = _mm512_fmadd_ps(p, s, _mm512_set1_ps(5.2821435034275055e-02f));
-    p = _mm512_fmadd_ps(p, s, _mm512_set1_ps(1.910659372806549e-01f));
-    p = _mm512_fmadd_ps(p, s, _mm512_set1_ps(1.1283791065216064f));
-    __m512 q = _mm512_set1_ps(3.7939014873700216e-05f);
-    q = _mm512_fmadd_ps(q, s, _mm512_set1_ps(1.167217269539833e-03f));
-    q = _mm512_fmadd_ps(q, s, _mm512_set1_ps(1.5018563717603683e-02f));
-    q = _mm512_fmadd_ps(q, s, _mm512_set1_ps(1.1436853557825089e-01f));
-    q = _mm512_fmadd_ps(q, s, _mm512_set1_ps(5.026604533195496e-01f));
+    const __m512 t = _mm512_min_ps(_mm512_set1_ps(3.93f), _mm512_abs_ps(x)); // of NaN, NaN
+    const __m512 integer = _mm512_set1_ps(12582912.0f); // 1.5 · 2²³: what is added to it is rounded to an integer
+    const __m512 shifted = _mm512_fmadd_ps(t, _mm512_set1_ps(8.0f), integer);
+    const __m512 r = _mm512_fnmadd_ps(_mm512_sub_ps(shifted, integer), _mm512_set1_ps(0.125f), t);
+    const __m512i i = _mm512_castps_si512(shifted); // its last five bits
+    const auto coefficient = [i](int power) {
+        const float* of = erf_coefficients[power];
+        return _mm512_permutex2var_ps(_mm512_load_ps(of), i, _mm512_load_ps(of + 16));
+    };
+    __m512 p = _mm512_fmadd_ps(coefficient(3), r, coefficient(2));
+    p = _mm512_fmadd_ps(p, r, coefficient(1));
+    p = _mm512_fmadd_ps(p, r, coefficient(0));
+    return _mm512_or_ps(p, _mm512_and_ps(x, _mm512_set1_ps(-0.0f)));
+}
+
+static inline __m512 sigmoid_of(__m512 x) {
     const __m512 one = _mm512_set1_ps(1.0f);
-    q = _mm512_fmadd_ps(q, s, one);
-    __m512 inverse = _mm512_rcp14_ps(q); // 1 ≤ q, and small: a step of Newton's is all it takes
-    inverse = _mm512_fmadd_ps(inverse, _mm512_fnmadd_ps(q, inverse, one), inverse);
-    return _mm512_mul_ps(_mm512_mul_ps(c, p), inverse);
+    return _mm512_div_ps(one, _mm512_add_ps(one, exp_of(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+}
+
+// The same for results that are rounded to bfloat16, relatively within 5e-6, in half the time: 2^(n + f) by a polynomial
+// of 0 ≤ f < 1, and one step of Newton's instead of a division.
+static inline __m512 rough_sigmoid_of(__m512 x) {
+    const __m512 y = _mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f)), f = _mm512_reduce_ps(y, 9); // y − ⌊y⌋
+    __m512 p = _mm512_set1_ps(1.353415195e-2f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.201149359e-2f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.414427400e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.930038333e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.000002623f));
+    const __m512 one = _mm512_set1_ps(1.0f), d = _mm512_add_ps(one, _mm512_scalef_ps(p, y));
+    const __m512 inverse = _mm512_rcp14_ps(d), error = _mm512_fnmadd_ps(d, inverse, one);
+    // of infinity, the inverse is 0 and its error NaN
+    return _mm512_mask3_fmadd_ps(inverse, error, inverse, _mm512_cmp_ps_mask(error, error, _CMP_ORD_Q));
 }
 
 // tanh x: Cephes' polynomial near zero, and 1 − 2 / (e^2|x| + 1) beyond.
@@ -88,13 +137,13 @@ static inline __m512 tanh_of(__m512 x) {
 #endif
 
 #if defined(CPU_CAPABILITY_AVX512)
-#define QFUSE_VECTOR_FUNCTION(NAME, OTHERWISE)                                                                                 \
+#define QFUSE_VECTOR_FUNCTION(NAME, OTHERWISE)                                                                       \
     template <typename V>                                                                                            \
     static inline V NAME(const V& x) {                                                                               \
         if constexpr (std::is_same_v<V, at::vec::Vectorized<float>>) {                                               \
             return NAME##_of(x);                                                                                     \
         } else {                                                                                                     \
-            return x.OTHERWISE();                                                                                         \
+            return OTHERWISE;                                                                                        \
         }                                                                                                            \
     }                                                                                                                \
     template <int N>                                                                                                 \
@@ -104,16 +153,18 @@ static inline __m512 tanh_of(__m512 x) {
         return x;                                                                                                    \
     }
 #else
-#define QFUSE_VECTOR_FUNCTION(NAME, OTHERWISE)                                                                                 \
+#define QFUSE_VECTOR_FUNCTION(NAME, OTHERWISE)                                                                       \
     template <typename V>                                                                                            \
     static inline V NAME(const V& x) {                                                                               \
-        return x.OTHERWISE();                                                                                             \
+        return OTHERWISE;                                                                                            \
     }
 #endif
-QFUSE_VECTOR_FUNCTION(exp, exp)
-QFUSE_VECTOR_FUNCTION(erf, erf)
-QFUSE_VECTOR_FUNCTION(tanh, tanh)
-QFUSE_VECTOR_FUNCTION(rough_erf, erf)
+QFUSE_VECTOR_FUNCTION(exp, x.exp())
+QFUSE_VECTOR_FUNCTION(erf, x.erf())
+QFUSE_VECTOR_FUNCTION(tanh, x.tanh())
+QFUSE_VECTOR_FUNCTION(sigmoid, V(1) / (V(1) + x.neg().exp()))
+QFUSE_VECTOR_FUNCTION(rough_erf, x.erf())
+QFUSE_VECTOR_FUNCTION(rough_sigmoid, V(1) / (V(1) + x.neg().exp()))
 #undef QFUSE_VECTOR_FUNCTION
 
 // `at::vec::convert`, which rounds to bfloat16 with ten integer instructions where one does.
