@@ -84,10 +84,11 @@ def test_what_follows_is_fused(name: str, dtype: torch.dtype) -> None:
     ids=str,
 )
 def test_functions_are_as_exact_as_what_is_stored(dtype: torch.dtype, stored: torch.dtype, rough: str) -> None:
-    model = Followed(lambda y, _: (F.gelu(y) + torch.sigmoid(y)).to(stored), dtype)
+    model = Followed(lambda y, _: (F.gelu(y) + torch.sigmoid(y) + F.silu(y)).to(stored), dtype)
     with fresh_cache():
         _, (code,) = run_and_get_code(torch.compile(model), *model.inputs(5))
-    assert set(re.findall(r"= qfuse::(\w*(?:erf|sigmoid))\(", code)) == {f"{rough}erf", f"{rough}sigmoid"}
+    used = set(re.findall(r"= qfuse::(\w*(?:erf|sigmoid|exp|div))\(", code))
+    assert used == {f"{rough}{name}" for name in ("erf", "sigmoid", "exp")} | ({"rough_div"} if rough else set())
 
 
 @pytest.mark.parametrize("isa", [isa for isa in Isa if _runs(isa)], ids=lambda isa: isa.name)
@@ -137,22 +138,30 @@ def test_extreme_values(dtype: torch.dtype) -> None:
     values = [0.0, -0.0, 1e-30, -1e-30, 0.3, -0.6, 0.93, 1.0, -3.0, 4.0, 5.5, 12.0, -30.0, 87.0, 88.7, 89.0, -87.0]
     values += [-103.0, -104.0, 1e30, -1e30, float("inf"), float("-inf"), float("nan")]
     tolerance = 5e-7 if dtype is torch.float32 else 2**-7  # a unit in the last place: what is near a tie
-    for function in (torch.exp, torch.erf, torch.tanh, torch.sigmoid):
+    for function in (torch.exp, torch.erf, torch.tanh, torch.sigmoid, lambda x: (x + 9) / x, lambda x: x / (x + 1)):
         model = Followed(each(function), dtype, n=64)
         x, xs, other = model.inputs(64)
         other[:] = torch.linspace(-6, 6, other.numel()).view(64, 64)
         other[0, : len(values)] = torch.tensor(values)
         result = torch.compile(model)(x, xs, other)
-        torch.testing.assert_close(result, function(other.double()).to(dtype), rtol=tolerance, atol=1e-37, equal_nan=True)
+        torch.testing.assert_close(
+            result, function(other.double()).to(dtype), rtol=tolerance, atol=1e-37, equal_nan=True
+        )
 
 
 def test_rough_functions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before they are rounded to bfloat16, they are far more exact than that."""
     monkeypatch.setattr(template, "fast_math", lambda stored: fast_math({torch.bfloat16}))
-    for function, tolerance in ((torch.erf, 2.5e-6), (torch.sigmoid, 6e-6)):
+    functions: list[tuple[str, Callable[[Tensor], Tensor], float]] = [
+        ("erf", torch.erf, 2.5e-6),
+        ("sigmoid", torch.sigmoid, 6e-6),
+        ("exp", torch.exp, 5e-6),
+        ("div", lambda x: (x + 9) / x, 4e-7),
+    ]
+    for name, function, tolerance in functions:
         model = Followed(lambda y, other, f=function: f(torch.where(y < 1e9, other, y)), torch.float32, n=64)
         x, xs, _ = model.inputs(1000)
         other = torch.linspace(-7, 7, 64000).view(1000, 64)
         result, (code,) = run_and_get_code(torch.compile(model), x, xs, other)
-        assert f"qfuse::rough_{function.__name__}(" in code
+        assert f"= qfuse::rough_{name}(" in code
         torch.testing.assert_close(result, function(other.double()).float(), rtol=tolerance, atol=0)

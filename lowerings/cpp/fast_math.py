@@ -19,11 +19,11 @@ VECTOR_MATH = (Path(__file__).parent / "vector_math.h").read_text()
 def fast_math(stored: Set[torch.dtype]) -> Iterator[None]:
     """Let Inductor's C++ code generation call the functions of `VECTOR_MATH`, which the source has to include.
 
-    stored: the dtypes that the kernel stores. If that is bfloat16 alone, erf and sigmoid may be a little rougher.
+    stored: the dtypes that the kernel stores. If that is bfloat16 alone, they may be a little rougher.
     """
     functions = {name: name for name in ("exp", "erf", "tanh", "sigmoid")}
     if stored == {torch.bfloat16}:
-        functions |= {name: f"rough_{name}" for name in ("erf", "sigmoid")}
+        functions |= {name: f"rough_{name}" for name in ("exp", "erf", "sigmoid")} | {"truediv": "rough_div"}
     original = CppVecKernel.get_to_dtype_expr
 
     def converted(self: Any, *args: Any, **kwargs: Any) -> str:
@@ -37,4 +37,4 @@ def fast_math(stored: Set[torch.dtype]) -> Iterator[None]:
 
 
 def _calls(name: str) -> Any:
-    return staticmethod(lambda x: f"qfuse::{name}({x})")
+    return staticmethod(lambda *operands: f"qfuse::{name}({', '.join(map(str, operands))})")

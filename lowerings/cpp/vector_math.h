@@ -105,19 +105,30 @@ static inline __m512 sigmoid_of(__m512 x) {
     return _mm512_div_ps(one, _mm512_add_ps(one, exp_of(_mm512_sub_ps(_mm512_setzero_ps(), x))));
 }
 
-// The same for results that are rounded to bfloat16, relatively within 5e-6, in half the time: 2^(n + f) by a polynomial
-// of 0 ≤ f < 1, and one step of Newton's instead of a division.
-static inline __m512 rough_sigmoid_of(__m512 x) {
-    const __m512 y = _mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f)), f = _mm512_reduce_ps(y, 9); // y − ⌊y⌋
+// eˣ for results that are rounded to bfloat16, relatively within 5e-6: 2^(n + f) by a polynomial of 0 ≤ f < 1.
+static inline __m512 rough_exp_of(__m512 x) {
+    const __m512 y = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), f = _mm512_reduce_ps(y, 9); // y − ⌊y⌋
     __m512 p = _mm512_set1_ps(1.353415195e-2f);
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.201149359e-2f));
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.414427400e-1f));
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.930038333e-1f));
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.000002623f));
-    const __m512 one = _mm512_set1_ps(1.0f), d = _mm512_add_ps(one, _mm512_scalef_ps(p, y));
-    const __m512 inverse = _mm512_rcp14_ps(d), error = _mm512_fnmadd_ps(d, inverse, one);
-    // of infinity, the inverse is 0 and its error NaN
-    return _mm512_mask3_fmadd_ps(inverse, error, inverse, _mm512_cmp_ps_mask(error, error, _CMP_ORD_Q));
+    return _mm512_scalef_ps(p, y);
+}
+
+// a / b by one step of Newton's, within 2 ulp, in half the time; exactly, where the inverse might leave float's range.
+static inline __m512 rough_div_of(__m512 a, __m512 b) {
+    const __m512 size = _mm512_abs_ps(b);
+    const __mmask16 is_large = _mm512_cmp_ps_mask(size, _mm512_set1_ps(1e-36f), _CMP_GT_OQ);
+    if (_mm512_mask_cmp_ps_mask(is_large, size, _mm512_set1_ps(1e36f), _CMP_LT_OQ) != 0xffff)
+        return _mm512_div_ps(a, b);
+    const __m512 inverse = _mm512_rcp14_ps(b), error = _mm512_fnmadd_ps(b, inverse, _mm512_set1_ps(1.0f));
+    return _mm512_mul_ps(a, _mm512_fmadd_ps(inverse, error, inverse));
+}
+
+static inline __m512 rough_sigmoid_of(__m512 x) {
+    const __m512 one = _mm512_set1_ps(1.0f);
+    return rough_div_of(one, _mm512_add_ps(one, rough_exp_of(_mm512_sub_ps(_mm512_setzero_ps(), x))));
 }
 
 // tanh x: Cephes' polynomial near zero, and 1 − 2 / (e^2|x| + 1) beyond.
@@ -163,9 +174,20 @@ QFUSE_VECTOR_FUNCTION(exp, x.exp())
 QFUSE_VECTOR_FUNCTION(erf, x.erf())
 QFUSE_VECTOR_FUNCTION(tanh, x.tanh())
 QFUSE_VECTOR_FUNCTION(sigmoid, V(1) / (V(1) + x.neg().exp()))
+QFUSE_VECTOR_FUNCTION(rough_exp, x.exp())
 QFUSE_VECTOR_FUNCTION(rough_erf, x.erf())
 QFUSE_VECTOR_FUNCTION(rough_sigmoid, V(1) / (V(1) + x.neg().exp()))
 #undef QFUSE_VECTOR_FUNCTION
+
+template <typename V>
+static inline V rough_div(const V& a, const V& b) {
+#if defined(CPU_CAPABILITY_AVX512)
+    if constexpr (std::is_same_v<V, at::vec::Vectorized<float>>)
+        return rough_div_of(a, b);
+    else
+#endif
+        return a / b;
+}
 
 // `at::vec::convert`, which rounds to bfloat16 with ten integer instructions where one does.
 template <typename To, typename V>
