@@ -1,9 +1,10 @@
-"""The Inductor lowering of `qfuse::attention`: one C++ kernel for CPUs with AMX, see `cpp/attention.h`."""
+"""The Inductor lowering of `qfuse::attention`: C++ kernels for CPUs with AVX-512, see `cpp/attention.h`."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch._inductor import ir
 from torch._inductor.codegen.cpp_template import CppTemplate
 from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel
 from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
-from torch._inductor.cpu_vec_isa import VecAMX, pick_vec_isa
+from torch._inductor.cpu_vec_isa import VecAMX, VecAVX512, pick_vec_isa
 from torch._inductor.lowering import fallback_handler, register_lowering
 from torch._inductor.utils import Placeholder, convert_shape_to_inductor, parallel_num_threads
 from torch._inductor.virtualized import V
@@ -27,17 +28,33 @@ log = logging.getLogger("qfuse.lowerings")
 
 _FOLDER = Path(__file__).parent
 _TEMPLATE = (_FOLDER / "templates" / "attention.cpp.jinja").read_text()
-_HEADERS = ("block.h", "amx_permission.h", "attention.h", "attention_amx.h")
-_TEXTS = [(_FOLDER / "cpp" / name).read_text() for name in _HEADERS]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A C++ class, see `cpp/attention.h`, and the headers that define it."""
+
+    class_name: str
+    headers: tuple[str, ...]
+
+    def texts(self) -> list[str]:
+        """Return the C++ that defines the class."""
+        return [(_FOLDER / "cpp" / name).read_text() for name in self.headers]
+
+
+_SHARED = ("vector_math.h", "attention.h", "attention_avx512.h")
+_FEW_QUERIES = Kernel("FewQueriesAttention", _SHARED)
+_AMX = Kernel("AmxAttention", ("block.h", "amx_permission.h", *_SHARED, "attention_amx.h"))
 
 _LARGEST_HEAD = 256
 
 #: Fewer multiplications than this are not worth waking other threads.
 _PARALLEL_PRODUCTS = 1 << 17
 
-#: Queries of one head of keys and values, below which packing these takes longer than all of ATen's op: for one query,
-#: 256 keys and 12 × 8 heads of 64, the kernel took 1.6 times as long.
-_FEWEST_ROWS = 4
+#: Queries that share a head of keys and values: with fewer, packing these for AMX takes longer than ATen's op, and with
+#: more than that and than `_MOST_FEW`, the kernel for few queries takes longer than AMX, and than ATen's.
+_LEAST_FOR_AMX = 4
+_MOST_FEW = 8
 
 
 def why_unsupported(q: Any, k: Any, v: Any, mask: Any | None) -> str | None:
@@ -50,13 +67,26 @@ def why_unsupported(q: Any, k: Any, v: Any, mask: Any | None) -> str | None:
         return "the shapes of its operands are not known to fit"
     if mask is not None and not _can_be_read_as_if_expanded(mask.shape, (*q.shape[:-1], k.shape[-2])):
         return "the mask's shape is not known well enough"
-    if q.dtype is not torch.bfloat16 or not _has_amx():
-        return "there is a kernel for bfloat16 on AMX only"
     if not isinstance(q.shape[-1], int) or not 0 < q.shape[-1] <= _LARGEST_HEAD:
         return f"heads may be larger than {_LARGEST_HEAD}"
-    if statically_known_true(q.shape[1] * q.shape[2] < _FEWEST_ROWS * k.shape[1]):
-        return f"fewer than {_FEWEST_ROWS} queries share keys"
-    return None
+    return None if kernel_for(q, k) else f"there is no kernel for {q.dtype} and as many queries on this CPU"
+
+
+def kernel_for(q: torch.Tensor, k: torch.Tensor) -> Kernel | None:
+    """Return the kernel for fake tensors like these, or None where ATen's is faster or more exact.
+
+    In float32, the kernel for few queries was 1.3 times as inexact as ATen's.
+    """
+    rows = q.shape[1] // k.shape[1] * q.shape[2]  # that share a head of keys
+    may_use_amx = q.dtype is torch.bfloat16 and _has_amx()
+    if (
+        q.dtype in (torch.bfloat16, torch.float16)
+        and _has_avx512()
+        and statically_known_true(k.shape[1] < q.shape[1])
+        and statically_known_true(rows <= (_LEAST_FOR_AMX if may_use_amx else _MOST_FEW))
+    ):
+        return _FEW_QUERIES
+    return _AMX if may_use_amx and not statically_known_true(rows < _LEAST_FOR_AMX) else None
 
 
 def _fit(q: Sequence[Any], k: Sequence[Any], v: Sequence[Any]) -> bool:
@@ -73,6 +103,10 @@ def _can_be_read_as_if_expanded(mask: Sequence[Any], scores: Sequence[Any]) -> b
     )
 
 
+def _has_avx512() -> bool:
+    return isinstance(pick_vec_isa(), VecAVX512)
+
+
 def _has_amx() -> bool:
     """Tell whether CPU, compiler and operating system know what the kernel needs of AMX and AVX-512."""
     may_compile = isinstance(pick_vec_isa(), VecAMX)
@@ -85,7 +119,9 @@ def attention(q: Any, k: Any, v: Any, mask: Any | None, is_causal: bool, scale: 
     try:
         layout = _like(q, V.graph.current_node.meta["val"])
         q_rows, k_rows, v_rows, mask_rows = map(_rows_in_memory, (q, k, v, mask))
-        return AttentionTemplate(layout, q_rows, k_rows, v_rows, mask_rows, is_causal, scale).output()
+        kernel = kernel_for(*(node.meta["val"] for node in V.graph.current_node.args[:2]))
+        assert kernel is not None
+        return AttentionTemplate(kernel, layout, q_rows, k_rows, v_rows, mask_rows, is_causal, scale).output()
     except Exception:
         log.warning("the attention kernel failed, ATen's runs instead. Please report this.", exc_info=True)
     output: ir.TensorBox = _reference(q, k, v, mask, is_causal, scale)
@@ -113,8 +149,17 @@ class AttentionTemplate(CppTemplate):
     """The kernel of one attention. q, k, v, mask: buffers or views of such."""
 
     def __init__(
-        self, layout: ir.Layout, q: Any, k: Any, v: Any, mask: Any | None, is_causal: bool, scale: float | None
+        self,
+        kernel: Kernel,
+        layout: ir.Layout,
+        q: Any,
+        k: Any,
+        v: Any,
+        mask: Any | None,
+        is_causal: bool,
+        scale: float | None,
     ) -> None:
+        self.kernel = kernel
         self.operands = {"q": q, "k": k, "v": v} | ({} if mask is None else {"mask": mask})
         super().__init__("attention", list(self.operands.values()), layout, parallel_num_threads())
         self.is_causal = is_causal
@@ -140,7 +185,9 @@ class AttentionTemplate(CppTemplate):
         return self._template_from_string(_TEMPLATE).render(
             template=self,
             kernel=kernel,
-            texts=_TEXTS,
+            texts=self.kernel.texts(),
+            class_name=self.kernel.class_name,
+            needs_amx=self.kernel is _AMX,
             inputs=dict(inputs.values()),
             **self.operands | {"mask": mask},
             out=output,

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import run_python, trace
 from torch import Tensor, nn
-from torch._inductor.utils import run_and_get_code
+from torch._inductor.utils import fresh_cache, run_and_get_code
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
 import qfuse
@@ -24,6 +24,7 @@ from qfuse.lowerings import attention as lowering
 
 ATTENTION, FLASH = "qfuse.attention.default", "aten._scaled_dot_product_flash_attention_for_cpu.default"
 needs_amx = pytest.mark.skipif(not lowering._has_amx(), reason="this machine has no AMX")
+needs_avx512 = pytest.mark.skipif(not lowering._has_avx512(), reason="this machine has no AVX-512")
 
 
 class Block(nn.Module):
@@ -208,8 +209,8 @@ def _compiled(*args: Any) -> Tensor:
     return torch.ops.qfuse.attention(*args)
 
 
-def heads(batch: int, count: int, rows: int, size: int) -> Tensor:
-    return torch.randn(batch, rows, count, size, dtype=torch.bfloat16).transpose(1, 2)
+def heads(batch: int, count: int, rows: int, size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(batch, rows, count, size).to(dtype).transpose(1, 2)
 
 
 def _strides(x: Tensor) -> list[int]:
@@ -349,6 +350,86 @@ class TestKernel:
     def test_ahead_of_time(self, tmp_path: Path) -> None:
         run_python(COMPILE, cwd=str(tmp_path))
         run_python(RUN, cwd=str(tmp_path))
+
+
+#: batch, heads, heads of keys, queries, keys, size of a head
+FEW = [
+    (1, 16, 4, 1, 256, 64),
+    (3, 4, 2, 1, 1000, 64),
+    (1, 3, 1, 1, 1, 128),
+    (2, 7, 1, 1, 40, 80),
+    (2, 4, 2, 3, 5, 20),
+    (1, 4, 2, 4, 700, 32),
+    (1, 2, 1, 1, 530, 256),
+]
+
+
+@needs_avx512
+class TestFewQueries:
+    @pytest.fixture(autouse=True)
+    def _without_amx(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(lowering, "_has_amx", lambda: False)
+
+    def _check(self, *args: Any) -> None:
+        FUSION_PASS.uuid()
+        torch._dynamo.reset()
+        with fresh_cache():
+            result, (code,) = run_and_get_code(torch.compile(torch.ops.qfuse.attention, dynamic=False), *args)
+        assert "qfuse::attend<qfuse::FewQueriesAttention<" in code
+        check(result, *args)
+
+    @pytest.mark.parametrize("sizes", FEW, ids=str)
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_numbers(self, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+        batch, count, shared, rows, keys, size = sizes
+        torch.manual_seed(0)
+        q = heads(batch, count, rows, size, dtype)
+        k, v = heads(batch, shared, keys, size, dtype), heads(batch, shared, keys, size, dtype)
+        self._check(q, k, v, None, rows > 1, None)
+        if size == 64:
+            self._check(q, k, v, torch.randn(rows, keys), False, -0.3)
+            self._check(q, k, v, torch.rand(batch, 1, 1, keys).log().to(dtype), False, 0.2)
+            self._check(q, k, v, torch.randn(1, count, rows, 1).to(dtype).expand(batch, -1, -1, keys), False, None)
+
+    def test_keys_that_are_masked(self) -> None:
+        """All of them for one query, and all but the last ones for another: the least number, and none at all."""
+        q, k, v = heads(1, 4, 2, 32), heads(1, 2, 300, 32), heads(1, 2, 300, 32)
+        for least in (-torch.inf, torch.finfo(torch.float32).min):
+            mask = torch.zeros(1, 4, 2, 300)
+            mask[0, 1, 0], mask[0, 2, 1, :290] = least, least
+            self._check(q, k, v, mask, False, None)
+
+    def test_nan_stays_in_its_row(self) -> None:
+        q, k, v = heads(1, 4, 2, 32), heads(1, 2, 300, 32), heads(1, 2, 300, 32)
+        q[0, 1, 1, 5] = torch.nan
+        result = torch.compile(torch.ops.qfuse.attention, dynamic=False)(q, k, v, None, False, None)
+        assert torch.equal(result.isnan(), torch.ops.qfuse.attention(q, k, v, None, False, None).isnan())
+
+    def test_one_compile_for_all_lengths(self) -> None:
+        FUSION_PASS.uuid()
+        torch._dynamo.reset()
+        compiled = torch.compile(torch.ops.qfuse.attention)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for keys in (7, 300, 19):
+                q, k, v = heads(1, 4, 1, 64), heads(1, 2, keys, 64), heads(1, 2, keys, 64)
+                torch._dynamo.mark_dynamic(k, 2)
+                torch._dynamo.mark_dynamic(v, 2)
+                check(compiled(q, k, v, None, False, None), q, k, v, None, False, None)
+
+    def test_in_a_model(self) -> None:
+        """One token: keys and values are not copied for each head; with more tokens ATen's kernel stays."""
+        model = int8(Block(plain))
+        with torch.no_grad():
+            assert ATTENTION in trace(model, tokens(1)).after
+            assert FLASH in trace(model, tokens(40)).after
+            torch._dynamo.reset()
+            result, (code, *_) = run_and_get_code(torch.compile(model, dynamic=False), x := tokens(3))
+            with qfuse.config.patch(fuse_attention=False):
+                torch._dynamo.reset()
+                other = torch.compile(model, dynamic=False)(x)
+        assert code.count("qfuse::attend<qfuse::FewQueriesAttention<T, 32>, false>(attention, threads)") == 1
+        assert "_scaled_dot_product_flash_attention_for_cpu.default(" not in code
+        assert (result - other).norm() <= 0.05 * other.norm()
 
 
 COMPILE = """

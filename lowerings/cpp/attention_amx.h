@@ -70,15 +70,8 @@ class AmxAttention {
     }
 
     template <typename M>
-    QFUSE_TARGET_AMX_BF16 __attribute__((noinline)) void scale(
-        float* scores, float by, const M* mask, int64_t mask_stride, int64_t count) const {
-        for (int64_t j = 0; j < count; j += 16) {
-            const __mmask16 lanes = first_lanes16(count - j);
-            __m512 s = _mm512_mul_ps(_mm512_loadu_ps(scores + j), _mm512_set1_ps(by));
-            if (mask != nullptr)
-                s = _mm512_add_ps(s, mask_stride == 0 ? _mm512_broadcastss_ps(_mm512_castps512_ps128(masks(mask, 1))) : masks(mask + j, lanes));
-            _mm512_storeu_ps(scores + j, s);
-        }
+    void scale(float* scores, float by, const M* mask, int64_t mask_stride, int64_t count) const {
+        scale_scores(scores, by, mask, mask_stride, count);
     }
 
     // See `attention.h`. The rows are taken in three steps, because each is a long chain of latencies for one row.
@@ -116,7 +109,7 @@ class AmxAttention {
                 sum = _mm512_fmadd_ps(_mm512_load_ps(known.sum + row), by, sum);
                 _mm512_store_ps(starts, by);
                 for (int64_t i = 0; i < some; ++i)
-                    rescale(sums + (row + i) * padded_head, starts[i]);
+                    rescale(sums + (row + i) * padded_head, starts[i], padded_head);
             }
             _mm512_store_ps(known.sum + row, sum);
         }
@@ -148,17 +141,8 @@ class AmxAttention {
     alignas(64) uint16_t q_[rows * padded_head];
     alignas(64) float scores_[rows * score_stride];
 
-    static __mmask16 first_lanes16(int64_t count) { return count >= 16 ? 0xffff : (1u << std::max<int64_t>(0, count)) - 1; }
     static __mmask32 first_lanes32(int64_t count) {
         return count >= 32 ? 0xffffffff : (1u << std::max<int64_t>(0, count)) - 1;
-    }
-
-    QFUSE_TARGET_AMX_BF16 static __m512 masks(const float* mask, __mmask16 lanes) {
-        return _mm512_maskz_loadu_ps(lanes, mask);
-    }
-    QFUSE_TARGET_AMX_BF16 static __m512 masks(const T* mask, __mmask16 lanes) {
-        const __m256i bits = _mm256_maskz_loadu_epi16(lanes, mask);
-        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
     }
 
     // A tile of keys: 16 rows of 16 pairs, transposed.
@@ -279,60 +263,8 @@ class AmxAttention {
         }
     }
 
-    struct Maximum {
-        QFUSE_TARGET_AMX_BF16 __m512 operator()(__m512 a, __m512 b) const { return _mm512_max_ps(a, b); }
-    };
-    struct Sum {
-        QFUSE_TARGET_AMX_BF16 __m512 operator()(__m512 a, __m512 b) const { return _mm512_add_ps(a, b); }
-    };
-
-    // The maximum or the sum of each of 16 vectors.
-    template <typename Operator>
-    QFUSE_TARGET_AMX_BF16 __attribute__((always_inline)) static inline __m512 reduced(
-        const float (&vectors)[16][16], Operator of) {
-        __m512 a[16];
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i)
-            a[i] = _mm512_load_ps(vectors[i]);
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; ++i) // of rows i and i + 8, in turn
-            a[i] = of(_mm512_unpacklo_ps(a[i], a[i + 8]), _mm512_unpackhi_ps(a[i], a[i + 8]));
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) // i, i + 8, i + 4, i + 12
-            a[i] = of(
-                _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a[i]), _mm512_castps_pd(a[i + 4]))),
-                _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a[i]), _mm512_castps_pd(a[i + 4]))));
-#pragma GCC unroll 2
-        for (int i = 0; i < 2; ++i) // the same of i, and then of i + 2, in two quarters each
-            a[i] = of(_mm512_shuffle_f32x4(a[i], a[i + 2], 0x88), _mm512_shuffle_f32x4(a[i], a[i + 2], 0xdd));
-        const __m512 all = of(_mm512_shuffle_f32x4(a[0], a[1], 0x88), _mm512_shuffle_f32x4(a[0], a[1], 0xdd));
-        return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15), all);
-    }
-
     QFUSE_TARGET_AMX_BF16 static __mmask16 equals(__m512 a, float b) {
         return _mm512_cmp_ps_mask(a, _mm512_set1_ps(b), _CMP_EQ_OQ);
-    }
-
-    QFUSE_TARGET_AMX_BF16 static void rescale(float* sums, float by) {
-        if (by != 1)
-            for (int64_t d = 0; d < padded_head; d += 16)
-                _mm512_storeu_ps(sums + d, _mm512_mul_ps(_mm512_loadu_ps(sums + d), _mm512_set1_ps(by)));
-    }
-
-    // The largest scores of each lane.
-    QFUSE_TARGET_AMX_BF16 __attribute__((always_inline)) static inline __m512 largest_of(const float* scores, int64_t count) {
-        const __m512 least = _mm512_set1_ps(-INFINITY);
-        __m512 a = least, b = least;
-        int64_t j = 0;
-        for (; j + 32 <= count; j += 32) {
-            a = _mm512_max_ps(_mm512_loadu_ps(scores + j), a);
-            b = _mm512_max_ps(_mm512_loadu_ps(scores + j + 16), b);
-        }
-        if (j < count) {
-            a = _mm512_max_ps(_mm512_mask_loadu_ps(least, first_lanes16(count - j), scores + j), a);
-            b = _mm512_max_ps(_mm512_mask_loadu_ps(least, first_lanes16(count - j - 16), scores + j + 16), b);
-        }
-        return _mm512_max_ps(a, b);
     }
 
     // 2^((s − from) · factor), within 1e-4: bfloat16 has 2e-3. 2⁰ and 2¹ are exact, NaN stays NaN, −∞ gives 0.
