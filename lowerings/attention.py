@@ -20,7 +20,7 @@ from torch._inductor.utils import Placeholder, convert_shape_to_inductor, parall
 from torch._inductor.virtualized import V
 
 from qfuse.attention_op import attention_reference  # noqa: F401  registers the op
-from qfuse.inductor import statically_known_true
+from qfuse.inductor import fake_value, statically_known_true
 from qfuse.isa import Isa, cpu_isa
 from qfuse.lowerings.call import in_memory
 
@@ -119,7 +119,8 @@ def attention(q: Any, k: Any, v: Any, mask: Any | None, is_causal: bool, scale: 
     try:
         layout = _like(q, V.graph.current_node.meta["val"])
         q_rows, k_rows, v_rows, mask_rows = map(_rows_in_memory, (q, k, v, mask))
-        kernel = kernel_for(*(node.meta["val"] for node in V.graph.current_node.args[:2]))
+        operands: Any = V.graph.current_node.args
+        kernel = kernel_for(fake_value(operands[0]), fake_value(operands[1]))
         assert kernel is not None
         return AttentionTemplate(kernel, layout, q_rows, k_rows, v_rows, mask_rows, is_causal, scale).output()
     except Exception:
