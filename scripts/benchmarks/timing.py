@@ -11,6 +11,7 @@ from typing import Any
 Call = Callable[[], Any]
 
 SAMPLE_SECONDS = 0.005
+WARM_UP_SECONDS = 0.03
 WARM_UP_CALLS = 3
 MOST_CALLS = 1000  # in one sample
 
@@ -45,8 +46,9 @@ def alternate(
 class Sampler:
     """Takes samples of the time of a call.
 
-    A short call is repeated for `sample_seconds`, and the sample is the mean. Before each sample is a call that is not
-    timed, which brings caches back into the state that the repeated call leaves them in.
+    A short call is repeated for `sample_seconds`, and the sample is the mean. Before each sample are calls that are not
+    timed, which bring caches back into the state that repeated calls leave them in: a decoder that reads 90 MB a call
+    takes 4.5 ms at first, after another has run, and 2.5 ms after ten calls.
     """
 
     def __init__(
@@ -60,8 +62,12 @@ class Sampler:
 
     def sample(self) -> float:
         """Return the seconds of a call."""
-        self._call()
-        self._wait()
+        start = time.perf_counter()
+        while True:
+            self._call()
+            self._wait()
+            if time.perf_counter() - start >= WARM_UP_SECONDS:
+                break
         start = time.perf_counter()
         for _ in range(self._repeats):
             self._call()
