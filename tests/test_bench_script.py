@@ -128,3 +128,26 @@ def test_model(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(fused.compile_seconds) == 1
     (table,) = model_tables([case])
     assert table.row_count == 4
+
+
+def test_times_are_summed() -> None:
+    from benchmarks.profiling import SHOWN, summed
+
+    assert summed([("matmul", 2.0), ("add", 1.0), ("matmul", 4.0)]) == [["matmul", 6.0, 2], ["add", 1.0, 1]]
+    many = [(str(i), float(i)) for i in range(SHOWN + 2)]
+    assert summed(many)[-2:] == [["2", 2.0, 1], ["2 others", 1.0, 2]]
+
+
+def test_profile_of_openvino() -> None:
+    """By its own counters: torch's profiler sees nothing of it."""
+    from benchmarks.model import Settings, measure
+    from benchmarks.model_engines import ENGINES
+
+    name = "fp32, OpenVINO"
+    if missing := ENGINES[name].missing():
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    (case,) = measure(Settings(["tiny-bert"], [name], rounds=2, profile=True))
+    (measured,) = case.engines
+    assert len(measured.seconds) == 2, measured
+    linears = sum(calls for kind, _, calls in measured.kernels if kind.startswith("FullyConnected, "))
+    assert linears == 6, measured.kernels

@@ -90,7 +90,7 @@ def serve(options: argparse.Namespace) -> None:
             if options.profile:
                 from benchmarks.profiling import kernels as profiled
 
-                kernels = profiled(prepared.call)
+                kernels = prepared.kernels() if prepared.kernels else profiled(prepared.call)
             ready = {"compile_seconds": prepared.seconds, "note": prepared.note, "kernels": kernels}
             print(json.dumps(ready), file=replies)
             sampler = Sampler(prepared.call)

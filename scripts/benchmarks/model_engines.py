@@ -20,13 +20,15 @@ class Prepared:
     """A model that is ready to run.
 
     call: without arguments; returns its outputs. first: the first of them, in float32. seconds: how long compiling
-    took, or None if it means nothing. note: as in `Measured`.
+    took, or None if it means nothing. note: as in `Measured`. kernels: returns what `profiling.kernels` does, of an
+    engine that torch's profiler cannot look into.
     """
 
     call: Callable[[], Any]
     first: Tensor
     seconds: float | None = None
     note: str = ""
+    kernels: Callable[[], list[list[Any]]] | None = None
 
 
 @dataclass(frozen=True)
