@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,17 @@ class Int8LinearCall:
     offset_columns: list[Any]
     x_zero_point: int
     out_dtype: torch.dtype
+
+    def with_activation(self, dtype: torch.dtype) -> Int8LinearCall:
+        """Shift the activation to int8 or uint8, and its zero point with it. The rewrite has done so, others may not.
+
+        Modulo 256, in arithmetic on bytes that are reinterpreted: Inductor vectorizes that.
+        """
+        if self.x.get_dtype() is dtype:
+            return self
+        shift = 128 if dtype is torch.uint8 else -128
+        shifted = lowerings[aten.add.Tensor](lowerings[aten.view.dtype](self.x, dtype), shift)
+        return replace(self, x=shifted, x_zero_point=self.x_zero_point + shift)
 
     def scaled_by_rows(self, y: Any) -> Any:
         """Apply the scale of rows to y, [M, N] float32."""

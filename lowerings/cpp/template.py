@@ -13,7 +13,6 @@ from torch._inductor import ir
 from torch._inductor.codegen.cpp_gemm_template import gen_2d_view_of_epilogue_buf
 from torch._inductor.codegen.cpp_template import CppTemplate
 from torch._inductor.codegen.cpp_template_kernel import wrap_with_tensorbox
-from torch._inductor.lowering import lowerings
 from torch._inductor.utils import parallel_num_threads
 from torch._inductor.virtualized import V, ops
 
@@ -28,7 +27,7 @@ _TEXT = (Path(__file__).parent / "linear.cpp.jinja").read_text()
 
 def int8_linear(call: Int8LinearCall) -> ir.TensorBox:
     """Lower a linear whose weight is packed."""
-    call = _unsigned(call)
+    call = call.with_activation(torch.uint8)  # which the microkernels take
     x, weight, column_sums, x_scale, w_scale = map(
         ir.ExternKernel.require_contiguous,
         map(in_memory, (call.x, call.weight, call.column_sums, call.x_scale, call.w_scale)),
@@ -50,14 +49,6 @@ def int8_linear(call: Int8LinearCall) -> ir.TensorBox:
 def _realized(tensor: Any) -> Any:
     """Return `tensor` as a buffer or an affine view of one: exactly what will be read."""
     return wrap_with_tensorbox(ir.InputsKernel.unwrap_storage_for_input(in_memory(tensor)))
-
-
-def _unsigned(call: Int8LinearCall) -> Int8LinearCall:
-    """Shift an int8 activation to uint8, which the microkernels take. The rewrite has done so, others may not."""
-    if call.x.get_dtype() is torch.uint8:
-        return call
-    bytes_ = lowerings[torch.ops.aten.view.dtype](call.x, torch.uint8)
-    return replace(call, x=lowerings[torch.ops.aten.add.Tensor](bytes_, 128), x_zero_point=call.x_zero_point + 128)
 
 
 class Int8LinearTemplate(CppTemplate):

@@ -11,7 +11,7 @@ import torch
 from torch._inductor import config as inductor_config
 from torch._inductor import ir
 from torch._inductor.kernel.mm_common import mm_grid, persistent_mm_grid
-from torch._inductor.lowering import get_constant_value, lowerings, to_dtype
+from torch._inductor.lowering import get_constant_value
 from torch._inductor.select_algorithm import TritonTemplate, autotune_select_algorithm
 from torch._inductor.utils import can_use_tma, get_num_sms
 from torch._inductor.virtualized import V
@@ -39,7 +39,7 @@ _BY_TMA = _template("qfuse_int8_linear_tma", persistent_mm_grid, "linear_tma.py.
 
 def int8_linear(call: Int8LinearCall) -> Any:
     """Lower a linear whose weight is [N, K]."""
-    call = _signed(call)
+    call = call.with_activation(torch.int8)  # tensor cores multiply operands of one signedness
     scales_rows = not _is_number_one(call.x_scale)
     vectors = [call.x_scale] if scales_rows else []  # in the order of names in the template
     vectors += [call.w_scale]
@@ -76,14 +76,6 @@ def int8_linear(call: Int8LinearCall) -> Any:
         )
     node, _ = autotune_select_algorithm("qfuse_int8_linear", choices, nodes, layout)
     return node
-
-
-def _signed(call: Int8LinearCall) -> Int8LinearCall:
-    """Shift a uint8 activation to int8: tensor cores multiply operands of one signedness."""
-    if call.x.get_dtype() is torch.int8:
-        return call
-    shifted = lowerings[torch.ops.aten.sub.Tensor](to_dtype(call.x, torch.int32), 128)
-    return replace(call, x=to_dtype(shifted, torch.int8), x_zero_point=call.x_zero_point - 128)
 
 
 def _candidates(x: Any, weight: Any) -> list[tuple[TritonTemplate, Configuration, dict[str, Any]]]:
