@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from qfuse import config
 from qfuse.isa import Isa
 from qfuse.lowerings import tuning
@@ -56,9 +54,9 @@ def _refusal(provider: Provider, problem: Problem) -> str | None:
 
 def by_name(name: str) -> Provider:
     """Return the provider called `name`."""
-    return next(p for p in _all() if p.name == name)
+    return every_provider()[name]
 
 
-def _all() -> Iterator[Provider]:
-    for providers in INT8_LINEAR.values():
-        yield from providers
+def every_provider() -> dict[str, Provider]:
+    """Return the providers of all platforms, by name."""
+    return {provider.name: provider for providers in INT8_LINEAR.values() for provider in providers}

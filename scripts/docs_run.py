@@ -20,20 +20,19 @@ PATTERNS = ROOT / "docs" / "patterns.md"
 
 def render() -> str:
     """Return the text of docs/patterns.md."""
-    from qfuse.lowerings import INT8_LINEAR
+    from qfuse.lowerings import INT8_LINEAR, every_provider
     from qfuse.patterns import FAMILIES
 
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
     )
     environment.filters |= {"doc": first_line, "module_doc": module_first_line, "cell": cell}
-    providers = {provider.name: provider for row in INT8_LINEAR.values() for provider in row}
     return environment.from_string(TEMPLATE.read_text()).render(
         families=FAMILIES,
         modules={family.name: importlib.import_module(f"qfuse.patterns.{family.name}") for family in FAMILIES},
         rows=rows_by_pattern(),
         lowerings=INT8_LINEAR,
-        providers=providers,
+        providers=every_provider(),
     )
 
 

@@ -13,7 +13,7 @@ import torch
 import qfuse
 from qfuse.fusion_pass import FUSION_PASS
 from qfuse.inductor import installed_passes, with_fresh_code
-from qfuse.lowerings import INT8_LINEAR
+from qfuse.lowerings import INT8_LINEAR, every_provider
 from qfuse.records import recording
 
 
@@ -55,8 +55,7 @@ def compile_model(
     def run(*args: Any) -> Any:
         return model(*args)
 
-    every = [provider.name for providers in INT8_LINEAR.values() for provider in providers]
-    disabled = [name for name in every if name != only_lowering] if only_lowering else []
+    disabled = [name for name in every_provider() if name != only_lowering] if only_lowering else []
     compiled = torch.compile(run, backend=backend)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch._inductor.config.patch(freezing=True, max_autotune=max_autotune))
