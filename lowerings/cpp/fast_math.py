@@ -15,15 +15,21 @@ from torch._inductor.codegen.cpp import CppVecKernel, CppVecOverrides
 VECTOR_MATH = (Path(__file__).parent / "vector_math.h").read_text()
 
 
+#: What does not turn a small error into a large one, as a comparison or a logarithm might.
+_SUMS_AND_PRODUCTS = {"load", "constant", "to_dtype", "add", "mul", "neg", "truediv"}
+_ROUGH = {"exp", "erf", "sigmoid"}
+
+
 @contextlib.contextmanager
-def fast_math(stored: Set[torch.dtype]) -> Iterator[None]:
+def fast_math(stored: Set[torch.dtype], used: Set[str]) -> Iterator[None]:
     """Let Inductor's C++ code generation call the functions of `VECTOR_MATH`, which the source has to include.
 
-    stored: the dtypes that the kernel stores. If that is bfloat16 alone, they may be a little rougher.
+    stored: the dtypes that the kernel stores. used: the operators that are fused into it. Functions may be rougher
+    where only bfloat16 is stored, and nothing but sums and products of them.
     """
-    functions = {name: name for name in ("exp", "erf", "tanh", "sigmoid")}
-    if stored == {torch.bfloat16}:
-        functions |= {name: f"rough_{name}" for name in ("exp", "erf", "sigmoid")} | {"truediv": "rough_div"}
+    functions = {"exp": "exp", "erf": "erf", "tanh": "tanh", "sigmoid": "sigmoid", "truediv": "div"}
+    if stored == {torch.bfloat16} and used <= _SUMS_AND_PRODUCTS | _ROUGH | {"tanh"}:
+        functions |= {name: f"rough_{name}" for name in _ROUGH}
     original = CppVecKernel.get_to_dtype_expr
 
     def converted(self: Any, *args: Any, **kwargs: Any) -> str:

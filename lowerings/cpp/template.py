@@ -93,7 +93,8 @@ class Int8LinearTemplate(CppTemplate):
             inputs.setdefault(node.get_name(), (name, node))
         microkernel = MICROKERNELS[cpu_isa()]
         stored = {node.get_dtype() for node in epilogues if node.get_name() not in aliases}
-        with patch.object(V.graph, "get_dtype", self._fake_get_dtype([sums, output])), fast_math(stored):
+        used = {op for node in epilogues for op in node.data.inner_fn_opcount().used_ops}
+        with patch.object(V.graph, "get_dtype", self._fake_get_dtype([sums, output])), fast_math(stored, used):
             return self._template_from_string(_TEXT).render(
                 template=self,
                 kernel=kernel,
