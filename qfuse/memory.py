@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import threading
@@ -44,7 +45,8 @@ def _new_arena(size: int) -> memoryview:
     """Return new memory of whole huge pages."""
     size = -(-size // _HUGE_PAGE) * _HUGE_PAGE
     mapped = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    mapped.madvise(mmap.MADV_HUGEPAGE)
+    with contextlib.suppress(OSError):  # a Linux that was built without huge pages
+        mapped.madvise(mmap.MADV_HUGEPAGE)
     address = torch.frombuffer(mapped, dtype=torch.uint8).data_ptr()
     start = -address % _HUGE_PAGE
     return memoryview(mapped)[start : start + size]

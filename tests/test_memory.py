@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import platform
 import re
 from pathlib import Path
@@ -63,3 +64,14 @@ def test_freed_memory_is_kept() -> None:
     given_back, kept = (int(run_python(FAULTS, QFUSE=on).stdout) for on in ("0", "1"))
     assert given_back > 20 * 1024
     assert kept < 1024
+
+
+def test_linux_without_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There `madvise` fails."""
+
+    class Refusing(mmap.mmap):
+        def madvise(self, *args: int) -> None:
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(mmap, "mmap", Refusing)
+    assert empty_in_huge_pages((_ARENA, 2), torch.int8).fill_(3).eq(3).all()
