@@ -20,7 +20,7 @@ from torch._inductor.utils import Placeholder, convert_shape_to_inductor, parall
 from torch._inductor.virtualized import V
 
 from qfuse.attention_op import attention_reference  # noqa: F401  registers the op
-from qfuse.inductor import fake_value, statically_known_true
+from qfuse.inductor import are_equal_now, fake_value, statically_known_true
 from qfuse.isa import Isa, cpu_isa
 from qfuse.lowerings.call import in_memory
 
@@ -42,8 +42,9 @@ class Kernel:
         return [(_FOLDER / "cpp" / name).read_text() for name in self.headers]
 
 
-_SHARED = ("vector_math.h", "attention.h", "attention_avx512.h")
-_FEW_QUERIES = Kernel("FewQueriesAttention", _SHARED)
+_SHARED = ("attention.h", "attention_vectors.h")
+_FEW_QUERIES = Kernel("FewQueriesAttention", (*_SHARED, "attention_few_queries.h"))
+_AVX512 = Kernel("Avx512Attention", (*_SHARED, "attention_avx512.h"))
 _AMX = Kernel("AmxAttention", ("block.h", "amx_permission.h", *_SHARED, "attention_amx.h"))
 
 _LARGEST_HEAD = 256
@@ -51,10 +52,13 @@ _LARGEST_HEAD = 256
 #: Fewer multiplications than this are not worth waking other threads.
 _PARALLEL_PRODUCTS = 1 << 17
 
-#: Queries that share a head of keys and values: with fewer, packing these for AMX takes longer than ATen's op, and with
-#: more than that and than `_MOST_FEW`, the kernel for few queries takes longer than AMX, and than ATen's.
-_LEAST_FOR_AMX = 4
+#: How many queries share a head of keys and values. Up to so many, they are few: then no key is packed.
 _MOST_FEW = 8
+_MOST_FEW_BESIDE_AMX = 4
+#: With fewer, packing takes longer than ATen's op.
+_LEAST_FOR_AMX = 4
+_LEAST_FOR_AVX512 = 16
+_LEAST_IN_FLOAT32 = 64
 
 
 def why_unsupported(q: Any, k: Any, v: Any, mask: Any | None) -> str | None:
@@ -73,26 +77,27 @@ def why_unsupported(q: Any, k: Any, v: Any, mask: Any | None) -> str | None:
 
 
 def kernel_for(q: torch.Tensor, k: torch.Tensor) -> Kernel | None:
-    """Return the kernel for fake tensors like these, or None where ATen's is faster or more exact.
-
-    In float32, the kernel for few queries was 1.3 times as inexact as ATen's.
-    """
-    rows = q.shape[1] // k.shape[1] * q.shape[2]  # that share a head of keys
+    """Return the kernel for fake tensors like these, or None where ATen's is faster or more exact."""
+    if not _has_avx512():
+        return None
+    queries = q.shape[1] // k.shape[1] * q.shape[2]  # that share a head of keys
+    if q.dtype is torch.float32:  # of few queries, ATen's sums are more exact: by up to 10 %
+        return _AVX512 if statically_known_true(queries >= _LEAST_IN_FLOAT32) else None
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return None
     may_use_amx = q.dtype is torch.bfloat16 and _has_amx()
-    if (
-        q.dtype in (torch.bfloat16, torch.float16)
-        and _has_avx512()
-        and statically_known_true(k.shape[1] < q.shape[1])
-        and statically_known_true(rows <= (_LEAST_FOR_AMX if may_use_amx else _MOST_FEW))
-    ):
+    most_few = _MOST_FEW_BESIDE_AMX if may_use_amx else _MOST_FEW
+    if statically_known_true(k.shape[1] < q.shape[1]) and statically_known_true(queries <= most_few):
         return _FEW_QUERIES
-    return _AMX if may_use_amx and not statically_known_true(rows < _LEAST_FOR_AMX) else None
+    if statically_known_true(queries < (_LEAST_FOR_AMX if may_use_amx else _LEAST_FOR_AVX512)):
+        return None
+    return _AMX if may_use_amx else _AVX512
 
 
 def _fit(q: Sequence[Any], k: Sequence[Any], v: Sequence[Any]) -> bool:
     """Tell whether k and v are alike, and q has as many batches, and each of their heads serves as many of q's."""
-    pairs = [*zip(k, v, strict=True), (q[0], k[0]), (q[3], k[3]), (q[1] % k[1], 0)]
-    return all(statically_known_true(a == b) for a, b in pairs)
+    pairs = [(q[0], k[0]), (q[3], k[3]), (q[1] % k[1], 0)]
+    return are_equal_now(k, v) and all(statically_known_true(a == b) for a, b in pairs)
 
 
 def _can_be_read_as_if_expanded(mask: Sequence[Any], scores: Sequence[Any]) -> bool:

@@ -16,11 +16,14 @@ import torch
 from torch.fx import Graph, Node
 
 from qfuse import attention_op  # noqa: F401  registers the op
-from qfuse.inductor import copy_origin, fake_value, is_training_graph, statically_known_true
+from qfuse.inductor import are_equal_now, copy_origin, fake_value, is_training_graph, statically_known_true
 from qfuse.normal_form import reshaped_input
 
 aten, ops = torch.ops.aten, torch.ops.qfuse
 log = logging.getLogger(__name__)
+
+#: Beyond, scores scaled twice, by this and by log₂ e, might leave float32's range.
+_LARGEST_SCALE = 1e30
 
 _FLASH = aten._scaled_dot_product_flash_attention_for_cpu.default
 
@@ -54,9 +57,9 @@ class Attention:
         """Read the arguments of ATen's op; keys and values before they are repeated for the heads that share them."""
         arguments = _arguments(flash)
         q, k, v = (arguments[name] for name in ("query", "key", "value"))
-        shared_k, shared_v = _before_repetition(k), _before_repetition(v)
-        if shared_k is not None and shared_v is not None and _have_equal_sizes(shared_k, shared_v):
-            k, v = shared_k, shared_v
+        shared = _before_repetition(k), _before_repetition(v)
+        if shared[0] is not None and shared[1] is not None and are_equal_now(*(fake_value(x).shape for x in shared)):
+            k, v = shared
         return Attention(q, k, v, arguments["attn_mask"], arguments["is_causal"], arguments["scale"])
 
 
@@ -87,6 +90,8 @@ def _replace(flash: Node) -> str | None:
     if _arguments(flash)["dropout_p"] != 0:
         return "it has dropout"
     call = Attention.of(flash)
+    if isinstance(call.scale, float) and not abs(call.scale) < _LARGEST_SCALE:
+        return "its scale is out of float32's range"
     values = [None if node is None else fake_value(node) for node in (call.q, call.k, call.v, call.mask)]
     if (reason := lowering.why_unsupported(*values)) is not None:
         return reason
@@ -121,10 +126,6 @@ def _before_repetition(heads: Node) -> Node | None:
     wanted = (batch, kv_heads * repeated[2], keys, size)
     same = _equal(repeated, (batch, kv_heads, repeated[2], keys, size)) and _equal(result, wanted)
     return x if same else None
-
-
-def _have_equal_sizes(a: Node, b: Node) -> bool:
-    return _equal(fake_value(a).shape, fake_value(b).shape)
 
 
 def _equal(shape: Any, other: Any) -> bool:

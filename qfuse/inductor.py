@@ -18,12 +18,13 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_custom_graph_
 from torch._logging._internal import trace_log, trace_structured
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._config_module import _UNSET_SENTINEL
 from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
+    "are_equal_now",
     "compile_frozen_graph",
     "compile_like_inductor",
     "compiler",
@@ -282,6 +283,14 @@ def with_fresh_code(function: Callable[..., Any]) -> Callable[..., Any]:
     assert isinstance(function, FunctionType)
     function.__code__ = function.__code__.replace()
     return function
+
+
+def are_equal_now(shape: Sequence[Any], other: Sequence[Any]) -> bool:
+    """Tell whether two shapes are equal, and have the graph compiled anew when they are no longer.
+
+    Keys and values that grow have two symbols for one length, which ATen's attention neither compares nor guards.
+    """
+    return len(shape) == len(other) and all(guard_or_false(a == b) for a, b in zip(shape, other, strict=True))
 
 
 def fake_value(node: Node) -> Any:

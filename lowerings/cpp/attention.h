@@ -45,8 +45,8 @@ struct Attention {
 // What is known of a block of rows after some keys: the largest score, and the sum of the weights.
 template <int64_t rows>
 struct AttentionRows {
-    alignas(64) float largest[rows];
-    alignas(64) float sum[rows];
+    alignas(64) float largest[(rows + 15) / 16 * 16];
+    alignas(64) float sum[(rows + 15) / 16 * 16];
 };
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

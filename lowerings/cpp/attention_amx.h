@@ -15,7 +15,6 @@ class AmxAttention {
     static constexpr int64_t rows = 32;
     static constexpr int64_t keys = 256;
     static constexpr int64_t score_stride = keys + 16; // not a power of two: rows are in different sets of the cache
-    static constexpr float log_of_e = 1.44269504f; // weights are powers of 2
     static constexpr int64_t padded_head = (D + 31) / 32 * 32;
     using Known = AttentionRows<rows>;
     static constexpr int64_t window = 131072 / padded_head / keys * keys;
@@ -74,45 +73,8 @@ class AmxAttention {
         scale_scores(scores, by, mask, mask_stride, count);
     }
 
-    // See `attention.h`. The rows are taken in three steps, because each is a long chain of latencies for one row.
-    QFUSE_TARGET_AMX_BF16 __attribute__((noinline)) void weigh(
-        const int64_t* seen, int64_t count, float factor, bool is_first, Known& known, float* sums) {
-        for (int64_t row = 0; row < count_; row += 16) {
-            const int64_t some = std::min<int64_t>(16, count_ - row);
-            float* scores = scores_ + row * score_stride;
-            alignas(64) float partial[16][16], starts[16];
-            for (int64_t i = 0; i < some; ++i)
-                _mm512_store_ps(partial[i], largest_of(scores + i * score_stride, seen[row + i]));
-            const __m512 before = is_first ? _mm512_set1_ps(-INFINITY) : _mm512_load_ps(known.largest + row);
-            const __m512 largest = _mm512_max_ps(before, reduced(partial, Maximum()));
-            _mm512_store_ps(known.largest + row, largest);
-            // where all scores are −∞, the weights are 0
-            const __m512 from = _mm512_mask_mov_ps(largest, equals(largest, -INFINITY), _mm512_setzero_ps());
-            // the product may leave the range of float where the difference does not: rows masked by the least float
-            const __m512 start = _mm512_mul_ps(from, _mm512_set1_ps(factor));
-            const auto lanes = first_lanes16(some);
-            const bool is_huge = _mm512_mask_cmp_ps_mask(lanes, _mm512_abs_ps(start), _mm512_set1_ps(1e38f), _CMP_NLT_UQ);
-            _mm512_store_ps(starts, is_huge ? from : start);
-            for (int64_t i = 0; i < some; ++i) {
-                float* one = scores + i * score_stride;
-                auto* weights = reinterpret_cast<uint16_t*>(one);
-                const __m512 m = _mm512_set1_ps(starts[i]), c = _mm512_set1_ps(factor);
-                const __m512 sum = is_huge ? exponentials<true>(one, weights, seen[row + i], m, c)
-                                           : exponentials<false>(one, weights, seen[row + i], m, c);
-                _mm512_store_ps(partial[i], sum);
-                for (int64_t j = ceil_div(seen[row + i], 32) * 32; j < count; j += 32)
-                    _mm512_storeu_si512(weights + j, _mm512_setzero_si512());
-            }
-            __m512 sum = reduced(partial, Sum());
-            if (!is_first) {
-                const __m512 by = exponential<true>(before, from, _mm512_set1_ps(factor));
-                sum = _mm512_fmadd_ps(_mm512_load_ps(known.sum + row), by, sum);
-                _mm512_store_ps(starts, by);
-                for (int64_t i = 0; i < some; ++i)
-                    rescale(sums + (row + i) * padded_head, starts[i], padded_head);
-            }
-            _mm512_store_ps(known.sum + row, sum);
-        }
+    void weigh(const int64_t* seen, int64_t count, float factor, bool is_first, Known& known, float* sums) {
+        weigh_rows<Weights>(scores_, score_stride, count_, seen, count, factor, is_first, known, sums, padded_head);
     }
 
     // sums (+)= weights · values, [rows][padded_head]
@@ -147,38 +109,15 @@ class AmxAttention {
 
     // A tile of keys: 16 rows of 16 pairs, transposed.
     QFUSE_TARGET_AMX_BF16 static void pack_keys(const T* k, int64_t stride, int64_t count, int64_t d, uint16_t* out) {
-        __m512i a[16], b[16];
+        __m512i a[16];
         const __mmask32 lanes = first_lanes32(d);
 #pragma GCC unroll 16
         for (int64_t i = 0; i < 16; ++i)
             a[i] = i < count ? _mm512_maskz_loadu_epi16(lanes, k + i * stride) : _mm512_setzero_si512();
-#pragma GCC unroll 8
-        for (int64_t i = 0; i < 16; i += 2) {
-            b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-            b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-        }
-#pragma GCC unroll 4
-        for (int64_t i = 0; i < 16; i += 4) {
-            a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-            a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-            a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-            a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-        }
-#pragma GCC unroll 4
-        for (int64_t i = 0; i < 4; ++i) {
-            // quarters of four rows each: rows 0 to 3 of quarters 0 and 2, and so on
-            b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
-            b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
-            b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
-            b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
-        }
-#pragma GCC unroll 4
-        for (int64_t i = 0; i < 4; ++i) {
-            _mm512_storeu_si512(out + 32 * i, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
-            _mm512_storeu_si512(out + 32 * (i + 8), _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
-            _mm512_storeu_si512(out + 32 * (i + 4), _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0x88));
-            _mm512_storeu_si512(out + 32 * (i + 12), _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0xdd));
-        }
+        transpose(a);
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < 16; ++i)
+            _mm512_storeu_si512(out + 32 * i, a[i]);
     }
 
     // Two tiles of values: pairs of rows, interleaved.
@@ -263,47 +202,43 @@ class AmxAttention {
         }
     }
 
-    QFUSE_TARGET_AMX_BF16 static __mmask16 equals(__m512 a, float b) {
-        return _mm512_cmp_ps_mask(a, _mm512_set1_ps(b), _CMP_EQ_OQ);
-    }
-
-    // 2^((s − from) · factor), within 1e-4: bfloat16 has 2e-3. 2⁰ and 2¹ are exact, NaN stays NaN, −∞ gives 0.
-    template <bool is_huge>
-    QFUSE_TARGET_AMX_BF16 __attribute__((always_inline)) static inline __m512 exponential(
-        __m512 s, __m512 from, __m512 factor) {
-        const __m512 x = is_huge ? _mm512_mul_ps(_mm512_sub_ps(s, from), factor) : _mm512_fmsub_ps(s, factor, from);
-        const __m512 f = _mm512_reduce_ps(x, 9); // x − ⌊x⌋
-        __m512 p = _mm512_set1_ps(C3);
-        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(C2));
-        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(C1));
-        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
-        return _mm512_scalef_ps(p, x);
-    }
-    static constexpr float C1 = 0.69542435f, C2 = 0.22630768f, C3 = 0.07826797f;
-
-    // In place: weights are half as wide as scores. Return their sums in each lane.
-    template <bool is_huge>
-    QFUSE_TARGET_AMX_BF16 __attribute__((always_inline)) static inline __m512 exponentials(
-        const float* scores, uint16_t* weights, int64_t count, __m512 from, __m512 factor) {
-        __m512 sum_a = _mm512_setzero_ps(), sum_b = sum_a;
-        int64_t j = 0;
-        for (; j + 32 <= count; j += 32) {
-            const __m512 a = exponential<is_huge>(_mm512_loadu_ps(scores + j), from, factor);
-            const __m512 b = exponential<is_huge>(_mm512_loadu_ps(scores + j + 16), from, factor);
-            sum_a = _mm512_add_ps(sum_a, a);
-            sum_b = _mm512_add_ps(sum_b, b);
-            _mm512_storeu_si512(weights + j, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+    // In place: they are half as wide as scores. AMX reads 32 at a time.
+    struct Weights {
+        QFUSE_TARGET_AMX_BF16 static __m512 of(float* scores, int64_t seen, int64_t count, float from, float factor) {
+            // the product may leave the range of float where the difference does not: rows masked by the least float
+            return std::abs(from * factor) < 1e38f ? of<false>(scores, seen, count, from * factor, factor)
+                                                   : of<true>(scores, seen, count, from, factor);
         }
-        if (j < count) {
-            const __mmask16 of_a = first_lanes16(count - j), of_b = first_lanes16(count - j - 16);
-            const __m512 a = _mm512_maskz_mov_ps(of_a, exponential<is_huge>(_mm512_loadu_ps(scores + j), from, factor));
-            const __m512 b = _mm512_maskz_mov_ps(of_b, exponential<is_huge>(_mm512_loadu_ps(scores + j + 16), from, factor));
-            sum_a = _mm512_add_ps(sum_a, a);
-            sum_b = _mm512_add_ps(sum_b, b);
-            _mm512_storeu_si512(weights + j, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+
+     private:
+        template <bool is_huge>
+        QFUSE_TARGET_AMX_BF16 __attribute__((always_inline)) static inline __m512 of(
+            float* scores, int64_t seen, int64_t count, float from, float factor) {
+            const __m512 subtracted = _mm512_set1_ps(from), by = _mm512_set1_ps(factor);
+            const auto weights = [=](int64_t j) QFUSE_TARGET_AMX_BF16 {
+                const __m512 s = _mm512_loadu_ps(scores + j);
+                return power_of_2<3>(
+                    is_huge ? _mm512_mul_ps(_mm512_sub_ps(s, subtracted), by) : _mm512_fmsub_ps(s, by, subtracted));
+            };
+            auto* out = reinterpret_cast<uint16_t*>(scores);
+            __m512 sum_a = _mm512_setzero_ps(), sum_b = sum_a;
+            int64_t j = 0;
+            for (; j + 32 <= seen; j += 32) {
+                const __m512 a = weights(j), b = weights(j + 16);
+                sum_a = _mm512_add_ps(sum_a, a);
+                sum_b = _mm512_add_ps(sum_b, b);
+                _mm512_storeu_si512(out + j, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+            }
+            for (; j < count; j += 32) {
+                const __m512 a = _mm512_maskz_mov_ps(first_lanes16(seen - j), weights(j));
+                const __m512 b = _mm512_maskz_mov_ps(first_lanes16(seen - j - 16), weights(j + 16));
+                sum_a = _mm512_add_ps(sum_a, a);
+                sum_b = _mm512_add_ps(sum_b, b);
+                _mm512_storeu_si512(out + j, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+            }
+            return _mm512_add_ps(sum_a, sum_b);
         }
-        return _mm512_add_ps(sum_a, sum_b);
-    }
+    };
 };
 
 } // namespace qfuse

@@ -1,0 +1,142 @@
+// Attention of a few queries by AVX-512, in float32 whatever the operands are: keys and values are read once, where they
+// lie, as in decoding.
+#ifndef QFUSE_ATTENTION_FEW_QUERIES
+#define QFUSE_ATTENTION_FEW_QUERIES
+namespace qfuse {
+
+// See `attention.h`.
+template <typename T, int64_t D>
+class FewQueriesAttention {
+ public:
+    using Element = T;
+    static constexpr int64_t rows = 8;
+    static constexpr int64_t keys = 256;
+    static constexpr int64_t window = int64_t{1} << 40; // nothing is packed
+    static constexpr int64_t padded_head = (D + 15) / 16 * 16;
+    static constexpr int64_t score_stride = keys + 16; // not a power of two: rows are in different sets of the cache
+    using Known = AttentionRows<rows>;
+
+    explicit FewQueriesAttention(int64_t) {}
+
+    void pack(const T* k, int64_t k_stride, const T* v, int64_t v_stride, int64_t) {
+        k_ = k, k_stride_ = k_stride, v_ = v, v_stride_ = v_stride;
+    }
+
+    QFUSE_TARGET_AVX512 void load(const T* const* q, int64_t count) {
+        count_ = count;
+        for (int64_t i = 0; i < count; ++i)
+            for (int64_t d = 0; d < D; d += 16)
+                _mm512_store_ps(q_[i] + d, load_floats(q[i] + d, first_lanes16(D - d)));
+    }
+
+    QFUSE_TARGET_AVX512 float* scores(int64_t first, int64_t count) {
+        for (int64_t key = 0; key < count; key += 16) {
+            const T* k = k_ + (first + key) * k_stride_;
+            const int64_t some = std::min<int64_t>(16, count - key);
+            int64_t row = 0;
+            for (; row + 4 <= count_; row += 4)
+                multiply<4>(k, some, row);
+            switch (count_ - row) {
+                case 3: multiply<3>(k, some, row); break;
+                case 2: multiply<2>(k, some, row); break;
+                case 1: multiply<1>(k, some, row); break;
+            }
+            for (row = 0; row < count_; ++row)
+                _mm512_storeu_ps(scores_ + row * score_stride + key, reduced(products_[row], Sum()));
+        }
+        return scores_;
+    }
+
+    template <typename M>
+    void scale(float* scores, float by, const M* mask, int64_t mask_stride, int64_t count) const {
+        scale_scores(scores, by, mask, mask_stride, count);
+    }
+
+    void weigh(const int64_t* seen, int64_t count, float factor, bool is_first, Known& known, float* sums) {
+        weigh_rows<FloatWeights<4>>(scores_, score_stride, count_, seen, count, factor, is_first, known, sums, padded_head);
+    }
+
+    QFUSE_TARGET_AVX512 void add(int64_t first, int64_t count, bool is_first, float* sums) const {
+        const T* v = v_ + first * v_stride_;
+        if (is_first)
+            std::fill_n(sums, count_ * padded_head, 0.0f);
+        int64_t row = 0;
+        for (; row + 4 <= count_; row += 4)
+            add_to<4>(v, count, row, sums);
+        switch (count_ - row) {
+            case 3: add_to<3>(v, count, row, sums); break;
+            case 2: add_to<2>(v, count, row, sums); break;
+            case 1: add_to<1>(v, count, row, sums); break;
+        }
+    }
+
+    QFUSE_TARGET_AVX512 void store(const float* sums, float factor, T* out) const {
+        for (int64_t d = 0; d < D; d += 16)
+            store_floats(
+                out + d, first_lanes16(D - d), _mm512_mul_ps(_mm512_loadu_ps(sums + d), _mm512_set1_ps(factor)));
+    }
+
+ private:
+    const T *k_ = nullptr, *v_ = nullptr;
+    int64_t k_stride_ = 0, v_stride_ = 0, count_ = 0;
+    alignas(64) float q_[rows][padded_head];
+    alignas(64) float products_[rows][16][16]; // of a row and a key, to be summed up
+    alignas(64) float scores_[rows * score_stride];
+
+    // ROWS rows and up to 16 keys.
+    template <int ROWS>
+    QFUSE_TARGET_AVX512 __attribute__((noinline)) void multiply(const T* k, int64_t count, int64_t row) {
+        for (int64_t key = 0; key < count; ++key, k += k_stride_) {
+            __m512 sums[ROWS];
+#pragma GCC unroll 4
+            for (int i = 0; i < ROWS; ++i)
+                sums[i] = _mm512_setzero_ps();
+#pragma GCC unroll 16
+            for (int64_t d = 0; d < D; d += 16) {
+                if (d * sizeof(T) % 64 == 0) // the rows of 16 keys on: they may be far from each other
+                    _mm_prefetch(reinterpret_cast<const char*>(k + 16 * k_stride_ + d), _MM_HINT_T0);
+                const __m512 of_key = load_floats(k + d, first_lanes16(D - d));
+#pragma GCC unroll 4
+                for (int i = 0; i < ROWS; ++i)
+                    sums[i] = _mm512_fmadd_ps(of_key, _mm512_load_ps(q_[row + i] + d), sums[i]);
+            }
+#pragma GCC unroll 4
+            for (int i = 0; i < ROWS; ++i)
+                _mm512_store_ps(products_[row + i][key], sums[i]);
+        }
+    }
+
+    // ROWS rows and all columns, 64 at a time.
+    template <int ROWS>
+    QFUSE_TARGET_AVX512 __attribute__((noinline)) void add_to(const T* v, int64_t count, int64_t row, float* sums) const {
+        for (int64_t d = 0; d < D; d += 64) {
+            __m512 acc[ROWS][4];
+#pragma GCC unroll 4
+            for (int i = 0; i < ROWS; ++i)
+                for (int j = 0; j < 4; ++j)
+                    acc[i][j] = _mm512_setzero_ps();
+            for (int64_t key = 0; key < count; ++key) {
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; ++j) {
+                    if ((d + 16 * j) * sizeof(T) % 64 == 0 && d + 16 * j < D)
+                        _mm_prefetch(reinterpret_cast<const char*>(v + (key + 16) * v_stride_ + d + 16 * j), _MM_HINT_T0);
+                    const __m512 value = load_floats(v + key * v_stride_ + d + 16 * j, first_lanes16(D - d - 16 * j));
+#pragma GCC unroll 4
+                    for (int i = 0; i < ROWS; ++i)
+                        acc[i][j] = _mm512_fmadd_ps(
+                            value, _mm512_set1_ps(scores_[(row + i) * score_stride + key]), acc[i][j]);
+                }
+            }
+#pragma GCC unroll 4
+            for (int i = 0; i < ROWS; ++i)
+                for (int j = 0; j < 4; ++j) {
+                    const __mmask16 lanes = first_lanes16(D - d - 16 * j);
+                    float* to = sums + (row + i) * padded_head + d + 16 * j;
+                    _mm512_mask_storeu_ps(to, lanes, _mm512_add_ps(_mm512_maskz_loadu_ps(lanes, to), acc[i][j]));
+                }
+        }
+    }
+};
+
+} // namespace qfuse
+#endif
