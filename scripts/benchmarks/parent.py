@@ -15,7 +15,7 @@ from benchmarks.plot import plot
 from benchmarks.profiling import kernel_table
 from benchmarks.report import LEGEND, linear_tables, model_tables
 from benchmarks.results import Case, Run, load, save
-from benchmarks.worker import isa_limit
+from benchmarks.worker import ISA_LIMITS
 
 WIDTH = 170  # of tables in a file
 QUIET = 0.3  # load average of a machine on which nothing else runs
@@ -73,9 +73,7 @@ def missing_gpu() -> str:
 
 def _worker(threads: int, results: Path, isa: str, arguments: list[str]) -> int:
     """Measure with so many threads, in a process of its own, because libraries read their number and the ISA once."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    if limit := isa_limit(isa):
-        environment["ONEDNN_MAX_CPU_ISA"] = limit
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **ISA_LIMITS[isa]}
     script = Path(__file__).resolve().parents[1] / "bench.py"
     command = [sys.executable, str(script), *arguments, "--threads", str(threads), "--worker", str(results)]
     return subprocess.run(command, env=environment, check=False).returncode

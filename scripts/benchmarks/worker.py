@@ -8,12 +8,11 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-ISA_LIMITS = {"native": "", "avx512_vnni": "AVX512_CORE_BF16"}  # as oneDNN calls it
-
-
-def isa_limit(isa: str) -> str:
-    """Return what oneDNN is told in ONEDNN_MAX_CPU_ISA, or ''."""
-    return ISA_LIMITS[isa]
+#: What oneDNN and MKL, ATen's attention, are told of an instruction set: both read the environment once.
+ISA_LIMITS = {
+    "native": {},
+    "avx512_vnni": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16", "MKL_ENABLE_INSTRUCTIONS": "AVX512_E2"},
+}
 
 
 def work(options: argparse.Namespace) -> None:
@@ -41,7 +40,7 @@ def prepare_process(options: argparse.Namespace) -> None:
 
     torch.set_num_threads(*options.threads)
     if options.isa != "native":
-        # oneDNN is limited by the environment; Inductor and torchao ask this function.
+        # oneDNN and MKL are limited by the environment; Inductor and torchao ask this function.
         torch._C._cpu._is_amx_tile_supported = lambda: False
     if options.profile:
         torch._inductor.config.cpp.enable_kernel_profile = True
