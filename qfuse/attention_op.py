@@ -2,9 +2,9 @@
 
 `qfuse::attention(q, k, v, mask, is_causal, scale) -> out`
     softmax(q kᵀ · scale + mask) v. q: [B, H, M, D] of any float dtype; k, v: [B, H / G, N, D] of the same dtype, where
-    a head of k and v serves G heads of q, in order. mask: none, or [M, N] or [B or 1, H or 1, M or 1, N or 1], of q's
-    dtype or float32. is_causal: the first query sees the first key only, the second one two, and so on. scale: by
-    default D^-0.5. A query that sees no key gets zeros. out: as q, strides included.
+    a head of k and v serves G heads of q, in order. mask: none, or [B, H, M, N] or [M, N], each of them 1 where it is
+    broadcast, of q's dtype or float32. is_causal: the first query sees the first key only, the second one two, and so
+    on. scale: by default D^-0.5. A query that sees no key gets zeros. out: like `torch.empty_like(q)`.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ matches_log = getArtifactLogger("qfuse", "qfuse_matches")
 
 
 class FusionPass(CustomGraphPass):
-    """Runs qfuse's passes on each joint graph: it fuses linears, their quantization, and linears with each other."""
+    """Runs qfuse's passes on each joint graph: linears, their quantization, linears with each other, and attention."""
 
     def __call__(self, graph: Graph) -> None:
         """Fuse the quantized linears of `graph` in place. Whatever goes wrong, the compile goes on without qfuse."""

@@ -79,6 +79,7 @@ def tokens(count: int = 9) -> Tensor:
 def as_with_amx(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pass needs no kernel: canonical ops run by their references."""
     monkeypatch.setattr(lowering, "_has_amx", lambda: True)
+    monkeypatch.setattr(lowering, "_has_avx512", lambda: True)
 
 
 @pytest.mark.usefixtures("as_with_amx")
@@ -218,6 +219,28 @@ def heads(batch: int, count: int, rows: int, size: int, dtype: torch.dtype = tor
     return torch.randn(batch, rows, count, size).to(dtype).transpose(1, 2)
 
 
+@pytest.mark.parametrize(
+    ("has_amx", "dtype", "chosen"),
+    [
+        (True, torch.bfloat16, {3: None, 4: "Amx", 70: "Amx", "shared 4": "FewQueries", "shared 6": "Amx"}),
+        (True, torch.float16, {15: None, 16: "Avx512", "shared 8": "FewQueries", "shared 10": None}),
+        (False, torch.bfloat16, {15: None, 16: "Avx512", "shared 8": "FewQueries", "shared 10": None}),
+        (False, torch.float32, {63: None, 64: "Avx512", "shared 8": None}),
+    ],
+    ids=str,
+)
+def test_kernels(
+    has_amx: bool, dtype: torch.dtype, chosen: dict[int | str, str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By how many queries share a head of keys: of one head, or "shared" by two."""
+    monkeypatch.setattr(lowering, "_has_amx", lambda: has_amx)
+    monkeypatch.setattr(lowering, "_has_avx512", lambda: True)
+    for queries, name in chosen.items():
+        groups, rows = (1, queries) if isinstance(queries, int) else (2, int(queries.split()[1]) // 2)
+        kernel = lowering.kernel_for(torch.empty(1, 4 * groups, rows, 32, dtype=dtype), torch.empty(1, 4, 9, 32))
+        assert (kernel.class_name if kernel else None) == (f"{name}Attention" if name else None), queries
+
+
 def _strides(x: Tensor) -> list[int]:
     return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
 
@@ -278,7 +301,7 @@ class TestKernel:
         q = heads(batch, count, rows, size, dtype)
         k, v = heads(batch, shared, keys, size, dtype), heads(batch, shared, keys, size, dtype)
         of_columns = torch.rand(batch, 1, 1, keys).log().to(dtype)
-        of_rows = torch.randn(1, count, rows, 1).to(dtype).expand(batch, -1, -1, keys)
+        of_rows = torch.randn(1, count, rows, 1).to(dtype)
         # a negative scale only where all keys are seen: ATen multiplies −∞ by it
         cases = [
             (None, True, None),
@@ -289,8 +312,6 @@ class TestKernel:
         ]
         some = cases[:2] if size != 64 else cases if kernel == AMX or dtype is torch.float32 else cases[2:3]
         for mask, is_causal, scale in some:
-            if mask is not None and dtype is torch.float16:
-                mask = mask.half()
             check(run(q, k, v, mask, is_causal, scale), q, k, v, mask, is_causal, scale)
 
     def test_one_compile_for_all_sizes(self) -> None:
@@ -370,7 +391,24 @@ class TestKernel:
         )
         for tensor in (q, k, v):
             torch._dynamo.mark_static(tensor, 3)
-        check(_compiled(q, k, v, None, is_causal, None), q, k, v, None, is_causal, None)
+        with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+            check(_compiled(q, k, v, None, is_causal, None), q, k, v, None, is_causal, None)
+
+    @pytest.mark.parametrize("threads", [1, 3])
+    def test_threads(self, threads: int) -> None:
+        """Each item of work is done once, whoever does it; queries over several windows of keys."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            q, k, v = heads(1, 4, 600, 256), heads(1, 2, 600, 256), heads(1, 2, 600, 256)
+            check(run(q, k, v, None, True), q, k, v, None, True, None)
+        finally:
+            torch.set_num_threads(before)
+
+    def test_other_orders_of_queries(self) -> None:
+        """The result has the queries' order; one that the kernel cannot store is left to ATen's op."""
+        q, k, v = torch.randn(1, 2, 40, 32).bfloat16(), heads(1, 2, 50, 32), heads(1, 2, 50, 32)
+        check(run(q, k, v), q, k, v, None, False, None)
 
     def test_in_a_model(self, kernel: str) -> None:
         """One kernel, no call of ATen's, keys and values not copied for each head."""
@@ -384,11 +422,6 @@ class TestKernel:
         assert "_scaled_dot_product_flash_attention_for_cpu.default(" not in code
         assert (result - other).norm() <= 0.05 * other.norm()
 
-    @needs_amx
-    def test_ahead_of_time(self, tmp_path: Path) -> None:
-        run_python(COMPILE, cwd=str(tmp_path))
-        run_python(RUN, cwd=str(tmp_path))
-
 
 #: batch, heads, heads of keys, queries, keys, size of a head
 FEW = [
@@ -396,6 +429,7 @@ FEW = [
     (3, 4, 2, 1, 1000, 64),
     (1, 3, 1, 1, 1, 128),
     (2, 7, 1, 1, 40, 80),
+    (1, 5, 1, 1, 40, 64),
     (2, 4, 2, 3, 5, 20),
     (1, 4, 2, 4, 700, 32),
     (1, 2, 1, 1, 530, 256),
@@ -441,7 +475,10 @@ class TestFewQueries:
     def test_nan_stays_in_its_row(self) -> None:
         q, k, v = heads(1, 4, 2, 32), heads(1, 2, 300, 32), heads(1, 2, 300, 32)
         q[0, 1, 1, 5] = torch.nan
-        result = torch.compile(torch.ops.qfuse.attention, dynamic=False)(q, k, v, None, False, None)
+        FUSION_PASS.uuid()
+        torch._dynamo.reset()
+        with fresh_cache():
+            result = torch.compile(torch.ops.qfuse.attention, dynamic=False)(q, k, v, None, False, None)
         assert torch.equal(result.isnan(), torch.ops.qfuse.attention(q, k, v, None, False, None).isnan())
 
     def test_one_compile_for_all_lengths(self) -> None:
@@ -474,7 +511,12 @@ class TestFewQueries:
             _, (code, *_) = run_and_get_code(compiled, x, *cache(5))
             assert code.count("qfuse::attend<qfuse::FewQueriesAttention<T, 32>") == 1
             with torch._dynamo.config.patch(error_on_recompile=True):
-                compiled(x, *cache(13))
+                longer = cache(13)
+                result = compiled(x, *longer)
+            with qfuse.config.patch(fuse_attention=False):
+                torch._dynamo.reset()
+                other = compiled(x, *longer)
+        assert (result - other).norm() <= 0.05 * other.norm()
 
     def test_in_a_model(self) -> None:
         """One token: keys and values are not copied for each head."""
@@ -490,7 +532,15 @@ class TestFewQueries:
         assert (result - other).norm() <= 0.05 * other.norm()
 
 
+@needs_avx512
+@pytest.mark.parametrize("limit", ["", "AVX512_CORE_BF16"])
+def test_ahead_of_time(limit: str, tmp_path: Path) -> None:
+    run_python(COMPILE, cwd=str(tmp_path), **({"ONEDNN_MAX_CPU_ISA": limit} if limit else {}))
+    run_python(RUN, cwd=str(tmp_path))
+
+
 COMPILE = """
+    import zipfile
     import torch, qfuse
     from test_attention import Block, int8, interleaved, tokens
 
@@ -499,6 +549,9 @@ COMPILE = """
         dim = torch.export.Dim("tokens", min=2, max=64)
         program = torch.export.export(model, (x,), dynamic_shapes=({1: dim},))
         torch._inductor.aoti_compile_and_package(program, package_path="model.pt2")
+        names = zipfile.ZipFile("model.pt2").namelist()
+        code = "".join(zipfile.ZipFile("model.pt2").read(name).decode() for name in names if name.endswith(".cpp"))
+        assert "qfuse::attend<" in code
         torch.save([(y, model(y)) for y in (x, x[:, :7].contiguous())], "expected.pt")
 """
 

@@ -96,6 +96,7 @@ AMPLIFYING: dict[str, Callable[[Tensor], Tensor]] = {
     "comparison": lambda y: torch.where(torch.sigmoid(y) >= 0.5, y + 1, y - 1),
     "floor": lambda y: torch.floor(torch.sigmoid(y) + 0.5),
     "difference": lambda y: torch.exp(0.001 * y) - 1,
+    "sum": lambda y: torch.exp(0.001 * y) + torch.tensor(-1.0),
     "root": lambda y: torch.sqrt(1 - torch.erf(y)),
     "gelu": F.gelu,
 }
@@ -160,6 +161,9 @@ def test_threads(threads: int) -> None:
         torch.set_num_threads(before)
 
 
+DIVISIONS = (lambda x: (x + 9) / x, lambda x: x / (x + 1), lambda x: (x * 1e30) / 1e-30, lambda x: 1e-30 / (x * 1e30))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_extreme_values(dtype: torch.dtype) -> None:
     """The template's functions: infinities, NaN, where they round to their limits, and what is between."""
@@ -170,7 +174,7 @@ def test_extreme_values(dtype: torch.dtype) -> None:
     values = [0.0, -0.0, 1e-30, -1e-30, 0.3, -0.6, 0.93, 1.0, -3.0, 4.0, 5.5, 12.0, -30.0, 87.0, 88.7, 89.0, -87.0]
     values += [-103.0, -104.0, 1e30, -1e30, float("inf"), float("-inf"), float("nan")]
     tolerance = 5e-7 if dtype is torch.float32 else 2**-7  # a unit in the last place: what is near a tie
-    for function in (torch.exp, torch.erf, torch.tanh, torch.sigmoid, lambda x: (x + 9) / x, lambda x: x / (x + 1)):
+    for function in (torch.exp, torch.erf, torch.tanh, torch.sigmoid, *DIVISIONS):
         model = Followed(each(function), dtype, n=64)
         x, xs, other = model.inputs(64)
         other[:] = torch.linspace(-6, 6, other.numel()).view(64, 64)

@@ -10,8 +10,7 @@
 //     explicit Kernel(int64_t all_keys);
 //     void pack(const Element* k, int64_t k_stride, const Element* v, int64_t v_stride, int64_t count);
 //     void load(const Element* const* q, int64_t count);  // rows of queries
-//     float* scores(int64_t first, int64_t count);        // of these rows and some of the packed keys
-//     void scale(float* scores, float by, const M* mask, int64_t mask_stride, int64_t count); // one row, and the mask
+//     float* scores(int64_t first, int64_t count);        // of these rows and some packed keys, from the window's `first`
 //     using Known = AttentionRows<rows>;
 //     void weigh(const int64_t* seen, int64_t count, float factor, bool is_first, Known& known, float* sums); // all rows
 //     void add(int64_t first, int64_t count, bool is_first, float* sums); // sums (+)= weights · values
@@ -168,7 +167,7 @@ class AttentionThread {
             const M* mask = a_.mask;
             if (mask != nullptr)
                 mask += batch_ * a_.mask_batch + position.head * a_.mask_head + position.query * a_.mask_row + key * a_.mask_key;
-            kernel_.scale(scores + i * Kernel::score_stride, a_.scale, mask, a_.mask_key, seen[i]);
+            scale_scores(scores + i * Kernel::score_stride, a_.scale, mask, a_.mask_key, seen[i]);
         }
         return log2_e;
     }

@@ -68,11 +68,6 @@ class AmxAttention {
         return scores_;
     }
 
-    template <typename M>
-    void scale(float* scores, float by, const M* mask, int64_t mask_stride, int64_t count) const {
-        scale_scores(scores, by, mask, mask_stride, count);
-    }
-
     void weigh(const int64_t* seen, int64_t count, float factor, bool is_first, Known& known, float* sums) {
         weigh_rows<Weights>(scores_, score_stride, count_, seen, count, factor, is_first, known, sums, padded_head);
     }

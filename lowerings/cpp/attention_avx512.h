@@ -46,11 +46,6 @@ class Avx512Attention {
         return scores_[0];
     }
 
-    template <typename M>
-    void scale(float* scores, float by, const M* mask, int64_t mask_stride, int64_t count) const {
-        scale_scores(scores, by, mask, mask_stride, count);
-    }
-
     void weigh(const int64_t* seen, int64_t count, float factor, bool is_first, Known& known, float* sums) {
         weigh_rows<FloatWeights<sizeof(T) == 4 ? 6 : 4>>(
             scores_[0], score_stride, count_, seen, count, factor, is_first, known, sums, padded_head);
@@ -64,11 +59,7 @@ class Avx512Attention {
                     sums + row * padded_head + d, padded_head);
     }
 
-    QFUSE_TARGET_AVX512 void store(const float* sums, float factor, T* out) const {
-        for (int64_t d = 0; d < D; d += 16)
-            store_floats(
-                out + d, first_lanes16(D - d), _mm512_mul_ps(_mm512_loadu_ps(sums + d), _mm512_set1_ps(factor)));
-    }
+    void store(const float* sums, float factor, T* out) const { store_multiplied<D>(sums, factor, out); }
 
  private:
     static constexpr int64_t tile = 8; // rows of one multiplication: with 32 columns, half of the registers

@@ -47,11 +47,6 @@ class FewQueriesAttention {
         return scores_;
     }
 
-    template <typename M>
-    void scale(float* scores, float by, const M* mask, int64_t mask_stride, int64_t count) const {
-        scale_scores(scores, by, mask, mask_stride, count);
-    }
-
     void weigh(const int64_t* seen, int64_t count, float factor, bool is_first, Known& known, float* sums) {
         weigh_rows<FloatWeights<4>>(scores_, score_stride, count_, seen, count, factor, is_first, known, sums, padded_head);
     }
@@ -70,11 +65,7 @@ class FewQueriesAttention {
         }
     }
 
-    QFUSE_TARGET_AVX512 void store(const float* sums, float factor, T* out) const {
-        for (int64_t d = 0; d < D; d += 16)
-            store_floats(
-                out + d, first_lanes16(D - d), _mm512_mul_ps(_mm512_loadu_ps(sums + d), _mm512_set1_ps(factor)));
-    }
+    void store(const float* sums, float factor, T* out) const { store_multiplied<D>(sums, factor, out); }
 
  private:
     const T *k_ = nullptr, *v_ = nullptr;

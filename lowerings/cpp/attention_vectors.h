@@ -30,6 +30,13 @@ QFUSE_INLINE_AVX512 void store_floats(at::Half* to, __mmask16 lanes, __m512 x) {
     _mm256_mask_storeu_epi16(to, lanes, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
+// D floats, times `by`.
+template <int64_t D, typename T>
+QFUSE_TARGET_AVX512 static inline void store_multiplied(const float* from, float by, T* to) {
+    for (int64_t d = 0; d < D; d += 16)
+        store_floats(to + d, first_lanes16(D - d), _mm512_mul_ps(_mm512_loadu_ps(from + d), _mm512_set1_ps(by)));
+}
+
 struct Maximum {
     QFUSE_TARGET_AVX512 __m512 operator()(__m512 a, __m512 b) const { return _mm512_max_ps(a, b); }
 };
@@ -175,7 +182,7 @@ struct FloatWeights {
     }
 };
 
-// `weigh` of `attention.h`. `Weights` is like `FloatWeights`. The rows are taken in three steps, because each is a
+// What `weigh` of a kernel does, see `attention.h`. `Weights` is like `FloatWeights`. The rows are taken in three steps, because each is a
 // long chain of latencies for one row.
 template <typename Weights, typename Known>
 QFUSE_TARGET_AVX512 __attribute__((noinline)) static void weigh_rows(

@@ -15,7 +15,8 @@ from torch._inductor.codegen.cpp import CppVecKernel, CppVecOverrides
 VECTOR_MATH = (Path(__file__).parent / "vector_math.h").read_text()
 
 
-#: What does not turn a small error into a large one, as a comparison or a logarithm might.
+#: These turn a small error into a large one by cancellation alone. The rough functions are exact where that is usual:
+#: exp near 0, sigmoid at 0, and erf where it rounds to ±1, for GELU's 1 + erf.
 _SUMS_AND_PRODUCTS = {"load", "constant", "to_dtype", "add", "mul", "neg", "truediv"}
 _ROUGH = {"exp", "erf", "sigmoid"}
 

@@ -1,5 +1,5 @@
 // Functions of float vectors, inlined, for what Inductor fuses behind the matmul. Sleef's, which `at::vec` calls, take
-// most of the time of a fused GELU or SiLU. Errors are at most 2 ulp, but for the rough ones.
+// most of the time of a fused GELU or SiLU. Errors are at most 4 ulp, but for the rough ones.
 // Only AVX-512 has its own; others call `at::vec`.
 #ifndef QFUSE_VECTOR_MATH
 #define QFUSE_VECTOR_MATH
@@ -119,10 +119,10 @@ static inline __m512 rough_exp_of(__m512 x) {
 }
 
 // a / b by one step of Newton's and one that corrects the rounding (Markstein 1990), in half the time of the instruction, and
-// as exact: of 24 million quotients, all were equal. By the instruction where something might leave float's range.
+// as exact: of 24 million quotients, all were equal. By the instruction where the inverse or the quotient might overflow.
 static inline __m512 div_of(__m512 a, __m512 b) {
-    const __m512 size = _mm512_abs_ps(b), large = _mm512_set1_ps(1e36f);
-    const __mmask16 is_large = _mm512_cmp_ps_mask(size, _mm512_set1_ps(1e-36f), _CMP_GT_OQ);
+    const __m512 size = _mm512_abs_ps(b), large = _mm512_set1_ps(1e18f);
+    const __mmask16 is_large = _mm512_cmp_ps_mask(size, _mm512_set1_ps(1e-18f), _CMP_GT_OQ);
     const __mmask16 is_usual = _mm512_mask_cmp_ps_mask(is_large, _mm512_max_ps(size, _mm512_abs_ps(a)), large, _CMP_LT_OQ);
     if (is_usual != 0xffff)
         return _mm512_div_ps(a, b);
