@@ -57,9 +57,9 @@ class Attention:
         """Read the arguments of ATen's op; keys and values before they are repeated for the heads that share them."""
         arguments = _arguments(flash)
         q, k, v = (arguments[name] for name in ("query", "key", "value"))
-        shared = _before_repetition(k), _before_repetition(v)
-        if shared[0] is not None and shared[1] is not None and are_equal_now(*(fake_value(x).shape for x in shared)):
-            k, v = shared
+        shared_k, shared_v = _before_repetition(k), _before_repetition(v)
+        if shared_k and shared_v and are_equal_now(fake_value(shared_k).shape, fake_value(shared_v).shape):
+            k, v = shared_k, shared_v
         return Attention(q, k, v, arguments["attn_mask"], arguments["is_causal"], arguments["scale"])
 
 
