@@ -13,12 +13,14 @@ from qfuse.problem import Problem
 from qfuse.provider import Provider
 from qfuse.reasons import Decline
 
+_CPP, _ONEDNN, _ATEN, _TRITON = Cpp(), OneDNN(), Aten(), Triton()
+
 #: For each platform, the providers of `qfuse::int8_linear`, the best first. Without instructions for int8, oneDNN's
 #: matmul behind `aten._int_mm` is five times as fast as portable C++ (AVX2, 1024 × 384 × 1536).
 INT8_LINEAR: dict[str, tuple[Provider, ...]] = {
-    "cpu": (Cpp(), OneDNN(), Aten()),
-    "cpu without VNNI": (Aten(), Cpp()),
-    "cuda": (Triton(), Aten()),
+    "cpu": (_CPP, _ONEDNN, _ATEN),
+    "cpu without VNNI": (_ATEN, _CPP),
+    "cuda": (_TRITON, _ATEN),
 }
 
 
