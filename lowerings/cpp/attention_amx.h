@@ -200,20 +200,21 @@ class AmxAttention {
     // In place: they are half as wide as scores. AMX reads 32 at a time.
     struct Weights {
         QFUSE_TARGET_AMX_BF16 static __m512 of(float* scores, int64_t seen, int64_t count, float from, float factor) {
-            // the product may leave the range of float where the difference does not: rows masked by the least float
-            return std::abs(from * factor) < 1e38f ? of<false>(scores, seen, count, from * factor, factor)
+            // The product is rounded, and may leave the range of float, where the difference is small: rows that are masked by
+            // −1e10 or the least float.
+            return std::abs(from * factor) < 1e3f ? of<false>(scores, seen, count, from * factor, factor)
                                                    : of<true>(scores, seen, count, from, factor);
         }
 
      private:
-        template <bool is_huge>
+        template <bool is_large>
         QFUSE_TARGET_AMX_BF16 __attribute__((always_inline)) static inline __m512 of(
             float* scores, int64_t seen, int64_t count, float from, float factor) {
             const __m512 subtracted = _mm512_set1_ps(from), by = _mm512_set1_ps(factor);
             const auto weights = [=](int64_t j) QFUSE_TARGET_AMX_BF16 {
                 const __m512 s = _mm512_loadu_ps(scores + j);
                 return power_of_2<3>(
-                    is_huge ? _mm512_mul_ps(_mm512_sub_ps(s, subtracted), by) : _mm512_fmsub_ps(s, by, subtracted));
+                    is_large ? _mm512_mul_ps(_mm512_sub_ps(s, subtracted), by) : _mm512_fmsub_ps(s, by, subtracted));
             };
             auto* out = reinterpret_cast<uint16_t*>(scores);
             __m512 sum_a = _mm512_setzero_ps(), sum_b = sum_a;
