@@ -22,9 +22,8 @@ class Amx {
 
     template <typename Meanwhile>
     QFUSE_TARGET_AMX void operator()(const Rows& x, Panel& w, float* out, const Meanwhile& meanwhile) {
-        if (x.count <= 16 || !granted_)
-            meanwhile(0, max_rows);
         if (x.count <= fewest_rows || !granted_) {
+            meanwhile(0, max_rows);
             few_(x, w, out, [](int64_t, int64_t) {});
             return;
         }
@@ -41,7 +40,7 @@ class Amx {
             two_by_two(x, w, 0, tail[0], out, meanwhile);
             two_by_two(x, w, 32, tail[0], out, meanwhile);
         } else {
-            one_by_four(x, w, tail[0], out);
+            one_by_four(x, w, tail[0], out, meanwhile);
         }
     }
 
@@ -89,6 +88,26 @@ class Amx {
         }
     }
 
+    // AMX multiplies by itself, but the window in which the CPU looks for something to do is shorter than a block: so
+    // between its instructions are those that store rows of the block before, some at each step.
+    template <typename Meanwhile>
+    class Between {
+     public:
+        Between(const Meanwhile& meanwhile, int64_t row, int64_t last, int64_t steps)
+            : meanwhile_(meanwhile), row_(row), last_(last), rows_a_step_((last - row + steps - 1) / steps) {}
+        __attribute__((always_inline)) inline void step() { store(std::min(last_, row_ + rows_a_step_)); }
+        __attribute__((always_inline)) inline void rest() { store(last_); }
+
+     private:
+        const Meanwhile& meanwhile_;
+        int64_t row_, last_, rows_a_step_;
+        __attribute__((always_inline)) inline void store(int64_t to) {
+            if (row_ < to)
+                meanwhile_(row_, to);
+            row_ = to;
+        }
+    };
+
     // GCC 12's `_tile_loadd` does not tell that it reads memory; nothing here writes what is loaded.
     QFUSE_TARGET_AMX __attribute__((always_inline)) static inline void multiply_two_by_two(
         const uint8_t* a, int64_t stride, const int8_t* b) {
@@ -102,19 +121,16 @@ class Amx {
         _tile_dpbusd(3, 5, 7);
     }
 
-    // 17 to 32 rows by 32 columns. AMX multiplies by itself, but the window in which the CPU looks for something to do
-    // is shorter than a block: so between its instructions are those that store half of the block before, and that fetch
-    // a part of the next panel.
+    // 17 to 32 rows by 32 columns. Meanwhile half of the block before is stored, and a part of the next panel fetched.
     template <typename Meanwhile>
     QFUSE_TARGET_AMX __attribute__((noinline)) void two_by_two(
         const Rows& x, Panel& w, int64_t column, const uint8_t* tail, float* out, const Meanwhile& meanwhile) const {
-        const int64_t steps = (k_ + 63) / 64, rows_a_step = (16 + steps - 1) / steps;
+        const int64_t steps = (k_ + 63) / 64;
+        Between<Meanwhile> between(meanwhile, column / 2, column / 2 + 16, steps);
         const int64_t calls = (w.rows + 31) / 32 * 2, lines = std::max<int64_t>(4, (64 + calls - 1) / calls);
         const char* next = reinterpret_cast<const char*>(w.data) + 4096 * steps + 64 * lines * steps * w.tiles;
         const char* const next_end = reinterpret_cast<const char*>(w.data) + 2 * 4096 * steps;
         ++w.tiles;
-        int64_t row = column / 2;
-        const int64_t last_row = row + 16;
         const int8_t* b = w.data + 4 * column;
         _tile_zero(0);
         _tile_zero(1);
@@ -125,16 +141,11 @@ class Amx {
             multiply_two_by_two(x.data + k, x.stride, b + 64 * k);
             for (const char* end = std::min(next_end, next + 64 * lines); next < end; next += 64)
                 _mm_prefetch(next, _MM_HINT_T1);
-            if (row < last_row) {
-                const int64_t to = std::min(last_row, row + rows_a_step);
-                meanwhile(row, to);
-                row = to;
-            }
+            between.step();
         }
         if (k < k_)
             multiply_two_by_two(tail, 64, b + 64 * k);
-        if (row < last_row)
-            meanwhile(row, last_row);
+        between.rest();
         alignas(64) int32_t sums[32][32];
         _tile_stored(0, sums[0], 128);
         _tile_stored(1, sums[0] + 16, 128);
@@ -143,22 +154,33 @@ class Amx {
         store(x, w, column, sums, out);
     }
 
+    // Between the instructions it fetches what is read two steps later: more at a time would block the tiles' loads.
     QFUSE_TARGET_AMX __attribute__((always_inline)) static inline void multiply_one_by_four(
         const uint8_t* a, int64_t stride, const int8_t* b) {
+        const auto fetch = [b](int64_t quarter) QFUSE_TARGET_AMX {
+            for (int64_t line = 16 * quarter; line < 16 * (quarter + 1); ++line)
+                _mm_prefetch(reinterpret_cast<const char*>(b) + 8192 + 64 * line, _MM_HINT_T0);
+        };
         _tile_loadd(4, a, stride);
         _tile_loadd(5, b, 256);
         _tile_dpbusd(0, 4, 5);
+        fetch(0);
         _tile_loadd(6, b + 64, 256);
         _tile_dpbusd(1, 4, 6);
+        fetch(1);
         _tile_loadd(7, b + 128, 256);
         _tile_dpbusd(2, 4, 7);
+        fetch(2);
         _tile_loadd(5, b + 192, 256);
         _tile_dpbusd(3, 4, 5);
+        fetch(3);
     }
 
-    // Up to 16 rows by 64 columns.
+    // Up to 16 rows by 64 columns. Meanwhile the block before is stored.
+    template <typename Meanwhile>
     QFUSE_TARGET_AMX __attribute__((noinline)) void one_by_four(
-        const Rows& x, const Panel& w, const uint8_t* tail, float* out) const {
+        const Rows& x, const Panel& w, const uint8_t* tail, float* out, const Meanwhile& meanwhile) const {
+        Between<Meanwhile> between(meanwhile, 0, max_rows, (k_ + 63) / 64);
         const int8_t* b = w.data;
         _tile_zero(0);
         _tile_zero(1);
@@ -166,12 +188,12 @@ class Amx {
         _tile_zero(3);
         int64_t k = 0;
         for (; k + 64 <= k_; k += 64) {
-            for (int line = 0; line < 64; ++line)
-                _mm_prefetch(reinterpret_cast<const char*>(b) + 64 * k + 64 * line + 8192, _MM_HINT_T0);
             multiply_one_by_four(x.data + k, x.stride, b + 64 * k);
+            between.step();
         }
         if (k < k_)
             multiply_one_by_four(tail, 64, b + 64 * k);
+        between.rest();
         alignas(64) int32_t sums[16][64];
         _tile_stored(0, sums[0], 256);
         _tile_stored(1, sums[0] + 16, 256);
