@@ -408,7 +408,7 @@ class TestKernel:
             torch.set_num_threads(before)
 
     def test_other_orders_of_queries(self) -> None:
-        """The result has the queries' order; one that the kernel cannot store is left to ATen's op."""
+        """The result has the queries' order of dimensions."""
         q, k, v = torch.randn(1, 2, 40, 32).bfloat16(), heads(1, 2, 50, 32), heads(1, 2, 50, 32)
         check(run(q, k, v), q, k, v, None, False, None)
 
