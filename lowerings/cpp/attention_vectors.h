@@ -133,26 +133,17 @@ QFUSE_INLINE_AVX512 void transpose(__m512i (&a)[16]) {
 template <int degree>
 QFUSE_INLINE_AVX512 __m512 power_of_2(__m512 x) {
     static_assert(degree == 3 || degree == 4 || degree == 6);
+    constexpr float cubic[] = {0.07826797f, 0.22630768f, 0.69542435f, 1.0f};
+    constexpr float quartic[] = {1.355574746e-2f, 5.203237012e-2f, 2.413797677e-1f, 6.930321455e-1f, 1.0f};
+    constexpr float sextic[] = {2.171502565e-4f, 1.244087704e-3f, 9.678063914e-3f, 5.548415333e-2f,
+                                2.402295172e-1f, 6.931470037e-1f, 1.0f};
+    const float* const coefficients = degree == 3 ? cubic : degree == 4 ? quartic : sextic;
     const __m512 f = _mm512_reduce_ps(x, 9); // x − ⌊x⌋
-    __m512 p;
-    if (degree == 3) {
-        p = _mm512_set1_ps(0.07826797f);
-        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.22630768f));
-        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.69542435f));
-    } else if (degree == 4) {
-        p = _mm512_set1_ps(1.355574746e-2f);
-        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.203237012e-2f));
-        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.413797677e-1f));
-        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.930321455e-1f));
-    } else {
-        p = _mm512_set1_ps(2.171502565e-4f);
-        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.244087704e-3f));
-        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.678063914e-3f));
-        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.548415333e-2f));
-        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.402295172e-1f));
-        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.931470037e-1f));
-    }
-    return _mm512_scalef_ps(_mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f)), x);
+    __m512 p = _mm512_set1_ps(coefficients[0]);
+#pragma GCC unroll 6
+    for (int i = 1; i <= degree; ++i)
+        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(coefficients[i]));
+    return _mm512_scalef_ps(p, x);
 }
 
 // Weights in float32, 2^((score − from) · factor), of one row: in place. Those from `seen` to `count` are 0. Return their sums
