@@ -52,7 +52,7 @@ class Amx {
     bool granted_;
     int64_t configured_ = 0;
 
-    // Tiles 0 to 3 are sums, 4 and 5 rows, 6 and 7 columns; of up to 16 rows, 5 takes columns as well.
+    // Tiles 0 to 3 are sums, 4 and 5 rows, 6 and 7 columns.
     QFUSE_TARGET_AMX void configure(int64_t rows) {
         struct alignas(64) {
             uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -61,7 +61,7 @@ class Amx {
         } config;
         const auto first = static_cast<uint8_t>(rows < 16 ? rows : 16), second = static_cast<uint8_t>(rows - first);
         const uint8_t by_tile[2][8] = {
-            {first, first, first, first, first, 16, 16, 16},
+            {first, first, first, first, first, first, 16, 16},
             {first, first, second, second, first, second, 16, 16},
         };
         for (int tile = 0; tile < 8; ++tile) {
@@ -154,43 +154,74 @@ class Amx {
         store(x, w, column, sums, out);
     }
 
-    // Between the instructions it fetches what is read two steps later: more at a time would block the tiles' loads.
     QFUSE_TARGET_AMX __attribute__((always_inline)) static inline void multiply_one_by_four(
         const uint8_t* a, int64_t stride, const int8_t* b) {
-        const auto fetch = [b](int64_t quarter) QFUSE_TARGET_AMX {
-            for (int64_t line = 16 * quarter; line < 16 * (quarter + 1); ++line)
-                _mm_prefetch(reinterpret_cast<const char*>(b) + 8192 + 64 * line, _MM_HINT_T0);
-        };
         _tile_loadd(4, a, stride);
-        _tile_loadd(5, b, 256);
-        _tile_dpbusd(0, 4, 5);
-        fetch(0);
+        _tile_loadd(6, b, 256);
+        _tile_dpbusd(0, 4, 6);
+        _tile_loadd(7, b + 64, 256);
+        _tile_dpbusd(1, 4, 7);
+        _tile_loadd(6, b + 128, 256);
+        _tile_dpbusd(2, 4, 6);
+        _tile_loadd(7, b + 192, 256);
+        _tile_dpbusd(3, 4, 7);
+    }
+
+    // Not the intrinsic: GCC 12 takes a function that does nothing but fetch for one without effects, and leaves it out.
+    __attribute__((always_inline)) static inline void fetch_16_lines(const int8_t* b, const int8_t* c) {
+#pragma GCC unroll 16
+        for (int64_t line = 0; line < 16; ++line)
+            __asm__ volatile("prefetcht0 %0\n\tprefetcht0 %1" : : "m"(b[64 * line]), "m"(c[64 * line]));
+    }
+
+    // The same at two places of K at once, a tile of each in turn, and so are the lines that are fetched: memory is read
+    // faster in two places than in one (docs/cpu.md). 6 KiB ahead: with a multiple of 4 KiB, which is where a line lies
+    // in the first-level cache, what is fetched would push out what is about to be read.
+    QFUSE_TARGET_AMX __attribute__((always_inline)) static inline void multiply_one_by_four_twice(
+        const uint8_t* a, int64_t stride, const int8_t* b, int64_t part) {
+        const int8_t* const c = b + 64 * part;
+        _tile_loadd(4, a, stride);
+        _tile_loadd(5, a + part, stride);
+        _tile_loadd(6, b, 256);
+        _tile_dpbusd(0, 4, 6);
+        _tile_loadd(7, c, 256);
+        _tile_dpbusd(0, 5, 7);
+        fetch_16_lines(b + 6144, c + 6144);
         _tile_loadd(6, b + 64, 256);
         _tile_dpbusd(1, 4, 6);
-        fetch(1);
-        _tile_loadd(7, b + 128, 256);
-        _tile_dpbusd(2, 4, 7);
-        fetch(2);
-        _tile_loadd(5, b + 192, 256);
-        _tile_dpbusd(3, 4, 5);
-        fetch(3);
+        _tile_loadd(7, c + 64, 256);
+        _tile_dpbusd(1, 5, 7);
+        fetch_16_lines(b + 6144 + 1024 * 1, c + 6144 + 1024 * 1);
+        _tile_loadd(6, b + 128, 256);
+        _tile_dpbusd(2, 4, 6);
+        _tile_loadd(7, c + 128, 256);
+        _tile_dpbusd(2, 5, 7);
+        fetch_16_lines(b + 6144 + 1024 * 2, c + 6144 + 1024 * 2);
+        _tile_loadd(6, b + 192, 256);
+        _tile_dpbusd(3, 4, 6);
+        _tile_loadd(7, c + 192, 256);
+        _tile_dpbusd(3, 5, 7);
+        fetch_16_lines(b + 6144 + 1024 * 3, c + 6144 + 1024 * 3);
     }
 
     // Up to 16 rows by 64 columns. Meanwhile the block before is stored.
     template <typename Meanwhile>
     QFUSE_TARGET_AMX __attribute__((noinline)) void one_by_four(
         const Rows& x, const Panel& w, const uint8_t* tail, float* out, const Meanwhile& meanwhile) const {
-        Between<Meanwhile> between(meanwhile, 0, max_rows, (k_ + 63) / 64);
+        const int64_t part = k_ / 128 * 64;
+        Between<Meanwhile> between(meanwhile, 0, max_rows, std::max<int64_t>(1, part / 64));
         const int8_t* b = w.data;
         _tile_zero(0);
         _tile_zero(1);
         _tile_zero(2);
         _tile_zero(3);
         int64_t k = 0;
-        for (; k + 64 <= k_; k += 64) {
-            multiply_one_by_four(x.data + k, x.stride, b + 64 * k);
+        for (; k < part; k += 64) {
+            multiply_one_by_four_twice(x.data + k, x.stride, b + 64 * k, part);
             between.step();
         }
+        for (k = 2 * part; k + 64 <= k_; k += 64)
+            multiply_one_by_four(x.data + k, x.stride, b + 64 * k);
         if (k < k_)
             multiply_one_by_four(tail, 64, b + 64 * k);
         between.rest();
