@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 
 from qfuse.lowerings.call import Int8LinearCall
+from qfuse.lowerings.cpp.microkernels import MICROKERNELS
 from qfuse.problem import Problem
 
 
@@ -27,8 +28,8 @@ class Cpp:
         return None
 
     def activation_dtype(self, problem: Problem) -> torch.dtype:
-        """See `Provider.activation_dtype`. AMX multiplies unsigned by signed as fast as signed by signed."""
-        return torch.uint8
+        """See `Provider.activation_dtype`. AMX takes what is there."""
+        return torch.uint8 if MICROKERNELS[problem.isa].signed_class_name is None else problem.x_dtype
 
     def lower(self, call: Int8LinearCall) -> object:
         """See `Provider.lower`."""

@@ -1,11 +1,23 @@
-// AMX: `tdpbusd` on tiles of 16 × 64 bytes. More than 16 rows take two tiles of rows by two of columns, fewer take one
-// by four; one or a few rows are left to AVX-512 VNNI, because then the weight's bandwidth decides.
+// AMX: `tdpbusd`, or `tdpbssd` for signed rows, on tiles of 16 × 64 bytes. More than 16 rows take two tiles of rows by two
+// of columns, fewer take one by four; one or two rows are left to AVX-512 VNNI, because then the weight's bandwidth decides.
 #ifndef QFUSE_AMX
 #define QFUSE_AMX
 #define QFUSE_TARGET_AMX __attribute__((target("amx-tile,amx-int8,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")))
 namespace qfuse {
+
+template <bool SIGNED>
+using WithoutAmx = std::conditional_t<SIGNED, Shifted<Avx512Vnni>, Avx512Vnni>;
+
 #if !QFUSE_COMPILER_IS_OLD
 
+// Tiles are numbered by literals.
+#define QFUSE_TILE_MULTIPLY(sums, rows, columns)    \
+    if constexpr (SIGNED)                           \
+        _tile_dpbssd(sums, rows, columns);          \
+    else                                            \
+        _tile_dpbusd(sums, rows, columns)
+
+template <bool SIGNED>
 class Amx {
  public:
     static constexpr int64_t row_tile = 32;
@@ -22,7 +34,7 @@ class Amx {
 
     template <typename Meanwhile>
     QFUSE_TARGET_AMX void operator()(const Rows& x, Panel& w, float* out, const Meanwhile& meanwhile) {
-        if (x.count <= fewest_rows || !granted_) {
+        if (x.count < fewest_rows || !granted_) {
             meanwhile(0, max_rows);
             few_(x, w, out, [](int64_t, int64_t) {});
             return;
@@ -45,10 +57,10 @@ class Amx {
     }
 
  private:
-    static constexpr int64_t fewest_rows = 4;
+    static constexpr int64_t fewest_rows = 3;
 
     int64_t k_;
-    Avx512Vnni few_;
+    WithoutAmx<SIGNED> few_;
     bool granted_;
     int64_t configured_ = 0;
 
@@ -114,11 +126,11 @@ class Amx {
         _tile_loadd(4, a, stride);
         _tile_loadd(6, b, 256);
         _tile_loadd(7, b + 64, 256);
-        _tile_dpbusd(0, 4, 6);
+        QFUSE_TILE_MULTIPLY(0, 4, 6);
         _tile_loadd(5, a + 16 * stride, stride);
-        _tile_dpbusd(1, 4, 7);
-        _tile_dpbusd(2, 5, 6);
-        _tile_dpbusd(3, 5, 7);
+        QFUSE_TILE_MULTIPLY(1, 4, 7);
+        QFUSE_TILE_MULTIPLY(2, 5, 6);
+        QFUSE_TILE_MULTIPLY(3, 5, 7);
     }
 
     // 17 to 32 rows by 32 columns. Meanwhile half of the block before is stored, and a part of the next panel fetched.
@@ -158,13 +170,13 @@ class Amx {
         const uint8_t* a, int64_t stride, const int8_t* b) {
         _tile_loadd(4, a, stride);
         _tile_loadd(6, b, 256);
-        _tile_dpbusd(0, 4, 6);
+        QFUSE_TILE_MULTIPLY(0, 4, 6);
         _tile_loadd(7, b + 64, 256);
-        _tile_dpbusd(1, 4, 7);
+        QFUSE_TILE_MULTIPLY(1, 4, 7);
         _tile_loadd(6, b + 128, 256);
-        _tile_dpbusd(2, 4, 6);
+        QFUSE_TILE_MULTIPLY(2, 4, 6);
         _tile_loadd(7, b + 192, 256);
-        _tile_dpbusd(3, 4, 7);
+        QFUSE_TILE_MULTIPLY(3, 4, 7);
     }
 
     // Not the intrinsic: GCC 12 takes a function that does nothing but fetch for one without effects, and leaves it out.
@@ -183,24 +195,24 @@ class Amx {
         _tile_loadd(4, a, stride);
         _tile_loadd(5, a + part, stride);
         _tile_loadd(6, b, 256);
-        _tile_dpbusd(0, 4, 6);
+        QFUSE_TILE_MULTIPLY(0, 4, 6);
         _tile_loadd(7, c, 256);
-        _tile_dpbusd(0, 5, 7);
+        QFUSE_TILE_MULTIPLY(0, 5, 7);
         fetch_16_lines(b + 6144, c + 6144);
         _tile_loadd(6, b + 64, 256);
-        _tile_dpbusd(1, 4, 6);
+        QFUSE_TILE_MULTIPLY(1, 4, 6);
         _tile_loadd(7, c + 64, 256);
-        _tile_dpbusd(1, 5, 7);
+        QFUSE_TILE_MULTIPLY(1, 5, 7);
         fetch_16_lines(b + 6144 + 1024 * 1, c + 6144 + 1024 * 1);
         _tile_loadd(6, b + 128, 256);
-        _tile_dpbusd(2, 4, 6);
+        QFUSE_TILE_MULTIPLY(2, 4, 6);
         _tile_loadd(7, c + 128, 256);
-        _tile_dpbusd(2, 5, 7);
+        QFUSE_TILE_MULTIPLY(2, 5, 7);
         fetch_16_lines(b + 6144 + 1024 * 2, c + 6144 + 1024 * 2);
         _tile_loadd(6, b + 192, 256);
-        _tile_dpbusd(3, 4, 6);
+        QFUSE_TILE_MULTIPLY(3, 4, 6);
         _tile_loadd(7, c + 192, 256);
-        _tile_dpbusd(3, 5, 7);
+        QFUSE_TILE_MULTIPLY(3, 5, 7);
         fetch_16_lines(b + 6144 + 1024 * 3, c + 6144 + 1024 * 3);
     }
 
@@ -236,10 +248,11 @@ class Amx {
 
 #else // GCC 10 does not know AMX
 
-class Amx : public Avx512Vnni {
+template <bool SIGNED>
+class Amx : public WithoutAmx<SIGNED> {
  public:
     static constexpr int64_t max_rows = 32;
-    using Avx512Vnni::Avx512Vnni;
+    using WithoutAmx<SIGNED>::WithoutAmx;
 };
 
 #endif

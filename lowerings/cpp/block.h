@@ -25,7 +25,7 @@ namespace qfuse {
 
 constexpr int64_t panel_columns = 64;
 
-// Rows of the activation, K contiguous bytes each, `stride` bytes apart; `scale_stride` is 0 for one scale for all.
+// Rows of the activation, K contiguous bytes each, unsigned or (`shifted.h`, `amx.h`) bits of signed ones, `stride` bytes apart; `scale_stride` is 0 for one scale for all.
 struct Rows {
     const uint8_t* data;
     int64_t stride;
@@ -41,6 +41,7 @@ struct Panel {
     int64_t tiles; // of them, until now: the caller begins with 0
     alignas(64) int32_t compensation[panel_columns];
     alignas(64) float scale[panel_columns];
+    alignas(64) int32_t column_sums[panel_columns];
 };
 
 // Four k of row i, as one integer: in memory, or, where K is not divisible by 4, the last ones filled up with zeros.

@@ -15,14 +15,15 @@ _FOLDER = Path(__file__).parent
 class Microkernel:
     """A C++ class that computes blocks of 64 columns, see `block.h`.
 
-    class_name: in the namespace `qfuse`. max_rows: that it takes in one call. files: its text, in order.
-    includes: headers of the system that the text needs.
+    class_name: in the namespace `qfuse`, for unsigned rows. signed_class_name: for signed ones, if it takes these.
+    max_rows: that it takes in one call. files: its text, in order. includes: headers of the system that the text needs.
     """
 
     class_name: str
     max_rows: int
     files: tuple[str, ...]
     includes: tuple[str, ...]
+    signed_class_name: str | None = None
 
     @functools.cached_property
     def text(self) -> str:
@@ -32,10 +33,11 @@ class Microkernel:
 
 MICROKERNELS = {
     Isa.AMX: Microkernel(
-        "Amx",
+        "Amx<false>",
         32,
-        ("avx512_vnni.h", "amx_permission.h", "amx.h"),
-        ("cstring", "immintrin.h", "sys/syscall.h", "unistd.h"),
+        ("avx512_vnni.h", "shifted.h", "amx_permission.h", "amx.h"),
+        ("cstring", "immintrin.h", "type_traits", "vector", "sys/syscall.h", "unistd.h"),
+        "Amx<true>",
     ),
     Isa.AVX512_VNNI: Microkernel("Avx512Vnni", 48, ("avx512_vnni.h",), ("cstring", "immintrin.h")),
     Isa.AVX_VNNI: Microkernel("AvxVnni", 48, ("portable.h", "avx_vnni.h"), ("cstring", "immintrin.h")),

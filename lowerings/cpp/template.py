@@ -27,7 +27,8 @@ _TEXT = (Path(__file__).parent / "linear.cpp.jinja").read_text()
 
 def int8_linear(call: Int8LinearCall) -> ir.TensorBox:
     """Lower a linear whose weight is packed."""
-    call = call.with_activation(torch.uint8)  # which the microkernels take
+    if MICROKERNELS[cpu_isa()].signed_class_name is None:
+        call = call.with_activation(torch.uint8)
     x, weight, column_sums, x_scale, w_scale = map(
         ir.ExternKernel.require_contiguous,
         map(in_memory, (call.x, call.weight, call.column_sums, call.x_scale, call.w_scale)),
@@ -99,6 +100,7 @@ class Int8LinearTemplate(CppTemplate):
                 template=self,
                 kernel=kernel,
                 microkernel=microkernel,
+                class_name=microkernel.class_name if x.get_dtype() is torch.uint8 else microkernel.signed_class_name,
                 vector_math=VECTOR_MATH,
                 inputs=dict(inputs.values()),
                 x=x,

@@ -1,0 +1,42 @@
+// Signed rows for a microkernel that takes unsigned ones: shifted by 128 for each panel anew, and the compensation too.
+#ifndef QFUSE_SHIFTED
+#define QFUSE_SHIFTED
+namespace qfuse {
+
+template <class Unsigned>
+class Shifted : public Unsigned {
+ public:
+    explicit Shifted(int64_t k) : Unsigned(k), k_(k) {}
+
+    template <typename Meanwhile>
+    void operator()(const Rows& x, Panel& w, float* out, const Meanwhile& meanwhile) {
+        rows_.resize(x.count * k_);
+        for (int64_t i = 0; i < x.count; ++i)
+            shift(x.data + i * x.stride, rows_.data() + i * k_);
+        Panel shifted = w;
+        for (int64_t j = 0; j < panel_columns; ++j)
+            shifted.compensation[j] = static_cast<int32_t>(
+                static_cast<uint32_t>(w.compensation[j]) + 128u * static_cast<uint32_t>(w.column_sums[j]));
+        Unsigned::operator()({rows_.data(), k_, x.scale, x.scale_stride, x.count}, shifted, out, meanwhile);
+        w.tiles = shifted.tiles;
+    }
+
+ private:
+    int64_t k_;
+    std::vector<uint8_t> rows_;
+
+    // Eight bytes at once: Inductor forbids the compiler to vectorize loops.
+    void shift(const uint8_t* from, uint8_t* to) const {
+        int64_t k = 0;
+        for (uint64_t eight; k + 8 <= k_; k += 8) {
+            std::memcpy(&eight, from + k, 8);
+            eight ^= 0x8080808080808080;
+            std::memcpy(to + k, &eight, 8);
+        }
+        for (; k < k_; ++k)
+            to[k] = from[k] ^ 0x80;
+    }
+};
+
+} // namespace qfuse
+#endif
