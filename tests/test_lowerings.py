@@ -235,11 +235,14 @@ def test_choice() -> None:
 
 
 def test_signedness_by_isa() -> None:
-    """uint8 where only VNNI is, int8 where AMX is."""
+    """uint8 where only VNNI is; where AMX is, oneDNN takes int8, and the C++ kernel what is there."""
     onednn = by_name("onednn")
     assert onednn.activation_dtype(linear_problem(isa=Isa.AVX512_VNNI)) is torch.uint8
     assert onednn.activation_dtype(linear_problem(isa=Isa.AVX_VNNI)) is torch.uint8
     assert onednn.activation_dtype(linear_problem(isa=Isa.AMX)) is torch.int8
+    for dtype in (torch.int8, torch.uint8):
+        assert by_name("cpp").activation_dtype(linear_problem(isa=Isa.AVX512_VNNI, x_dtype=dtype)) is torch.uint8
+        assert by_name("cpp").activation_dtype(linear_problem(isa=Isa.AMX, x_dtype=dtype)) is dtype
 
 
 @pytest.mark.parametrize(

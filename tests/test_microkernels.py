@@ -78,7 +78,11 @@ class Case:
     @property
     def runs(self) -> bool:
         """Whether this machine has the instructions."""
-        return self.isa is Isa.NONE or bool(torch.cpu.get_capabilities().get(self.isa.value))
+        return _runs(self.isa)
+
+
+def _runs(isa: Isa) -> bool:
+    return isa is Isa.NONE or bool(torch.cpu.get_capabilities().get(isa.value))
 
 
 CASES = [Case(isa, torch.uint8) for isa in Isa]
