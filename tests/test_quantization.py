@@ -145,9 +145,13 @@ def test_producers(name: str, dtype: torch.dtype) -> None:
     assert torch.equal(trace(model, *inputs).result, _unrewritten(model, *inputs))
 
 
-# elsewhere the activation has another dtype
-@unittest.mock.patch("qfuse.problem.cpu_isa", new=lambda: Isa.AVX512_VNNI)
 class TestGraphs(expecttest.TestCase):
+    def setUp(self) -> None:
+        # elsewhere the activation has another dtype
+        patch = unittest.mock.patch("qfuse.problem.cpu_isa", return_value=Isa.AVX512_VNNI)
+        self.addCleanup(patch.stop)
+        patch.start()
+
     def test_before_and_after(self) -> None:
         model, x = Quantized(absmax), torch.randn(5, 67)
         with qfuse.config.patch(fuse_quantization=False):
