@@ -1,10 +1,14 @@
-"""The Inductor lowerings of `qfuse::quantize_rows`; on CPU one C++ kernel, which reads each row from memory once."""
+"""The Inductor lowerings of `qfuse::quantize_rows`, with and without a norm in front.
+
+On CPU it is one C++ kernel, which reads each row from memory once.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -20,12 +24,15 @@ from torch._inductor.virtualized import V
 
 from qfuse.lowerings import quantize_rows_inductor
 from qfuse.lowerings.call import in_memory
+from qfuse.norm_op import norm_quantize_rows_reference  # noqa: F401  registers the op
 from qfuse.quantize_op import quantize_rows_reference  # noqa: F401  registers the op
 from qfuse.row_program import COMPARISONS, REDUCTIONS, Instruction, Operand, Ref, RowProgram
 
 log = logging.getLogger("qfuse.lowerings")
 
-_TEMPLATE = (Path(__file__).parent / "templates" / "quantize_rows.cpp.jinja").read_text()
+_FOLDER = Path(__file__).parent
+_TEMPLATE = (_FOLDER / "templates" / "quantize_rows.cpp.jinja").read_text()
+_NORM = (_FOLDER / "cpp" / "row_norm.h").read_text()
 
 #: Fewer elements than this are not worth waking other threads.
 _PARALLEL_ELEMENTS = 1 << 14
@@ -52,12 +59,34 @@ def quantize_rows(v: Any, program: str) -> list[ir.TensorBox]:
 _reference = fallback_handler(torch.ops.qfuse.quantize_rows.default, add_to_fallback_set=False)
 
 
+@register_lowering(torch.ops.qfuse.norm_quantize_rows.default, type_promotion_kind=None)
+def norm_quantize_rows(
+    x: Any, weight: Any | None, bias: Any | None, eps: float, is_centered: bool, dtype: torch.dtype, program: str
+) -> list[ir.TensorBox]:
+    """Lower `qfuse::norm_quantize_rows`; by the reference, if that fails."""
+    try:
+        weight, bias = (None if column is None else _rows_in_memory(column) for column in (weight, bias))
+        norm = _Norm(weight, bias, eps, is_centered, dtype)
+        return QuantizeRows(_rows_in_memory(x), RowProgram.parse(program), norm).outputs()
+    except Exception:
+        log.warning("the kernel of a norm failed, eager runs instead. Please report this.", exc_info=True)
+    outputs: list[ir.TensorBox] = _norm_reference(x, weight, bias, eps, is_centered, dtype, program)
+    return outputs
+
+
+_norm_reference = fallback_handler(torch.ops.qfuse.norm_quantize_rows.default, add_to_fallback_set=False)
+
+
 def _kernel(v: Any, program: str) -> list[ir.TensorBox]:
-    v = in_memory(v)
-    if not _has_contiguous_rows(v):
-        v = ir.ExternKernel.require_contiguous(v)
-    v = ir.InputsKernel.unwrap_storage_for_input(v)
-    return QuantizeRows(v, RowProgram.parse(program)).outputs()
+    return QuantizeRows(_rows_in_memory(v), RowProgram.parse(program)).outputs()
+
+
+def _rows_in_memory(tensor: Any) -> Any:
+    """Return `tensor` in memory, the elements of a row next to each other."""
+    tensor = in_memory(tensor)
+    if not _has_contiguous_rows(tensor):
+        tensor = ir.ExternKernel.require_contiguous(tensor)
+    return ir.InputsKernel.unwrap_storage_for_input(tensor)
 
 
 def _has_contiguous_rows(v: Any) -> bool:
@@ -65,27 +94,44 @@ def _has_contiguous_rows(v: Any) -> bool:
     return isinstance(layout, ir.FixedLayout) and layout.stride[-1] == 1
 
 
-class QuantizeRows(CppTemplate):
-    """The kernel of one program. v: [M, K], each row contiguous."""
+@dataclass(frozen=True)
+class _Norm:
+    """The arguments of a norm, see `qfuse.norm_op`, without x. weight, bias: buffers or views of such."""
 
-    def __init__(self, v: Any, program: RowProgram) -> None:
+    weight: Any | None
+    bias: Any | None
+    eps: float
+    is_centered: bool
+    dtype: torch.dtype
+
+
+class QuantizeRows(CppTemplate):
+    """The kernel of one program on the rows of v, [M, K], or on their norms, which are the first output then.
+
+    v: each row contiguous.
+    """
+
+    def __init__(self, v: Any, program: RowProgram, norm: _Norm | None = None) -> None:
         m, k = v.get_size()
-        self.program = program
-        self.layouts = [
+        self.program, self.norm = program, norm
+        self._v_dtype = norm.dtype if norm else v.get_dtype()
+        self._first = 1 if norm else 0  # position of the program's first output
+        self.layouts = [ir.FixedLayout(v.get_device(), norm.dtype, [m, k])] if norm else []
+        self.layouts += [
             ir.FixedLayout(
-                v.get_device(), program.dtype(output, v.get_dtype()), [m, k] if output in program.elements else [m]
+                v.get_device(), program.dtype(output, self._v_dtype), [m, k] if output in program.elements else [m]
             )
             for output in program.outputs
         ]
-        super().__init__("quantize_rows", [v], self.layouts[0], parallel_num_threads())
-        _Code(program, v.get_dtype(), range(len(program.outputs)))  # what fails had better fail now
+        columns = [c for c in (norm.weight, norm.bias) if c is not None] if norm else []
+        super().__init__("quantize_rows", [v, *columns], self.layouts[0], parallel_num_threads())
+        _Code(program, self._v_dtype, range(len(program.outputs)))  # what fails had better fail now
 
     def outputs(self) -> list[ir.TensorBox]:
         """Return the results of a call of the kernel. There is no other choice, so nothing is benchmarked."""
-        (v,) = self.input_nodes
-        buffer: Any = ir.CppTemplateBuffer(self.layout, [v], self._make_kernel_render, self, None)  # type: ignore[arg-type]
+        buffer: Any = ir.CppTemplateBuffer(self.layout, self.input_nodes, self._make_kernel_render, self, None)  # type: ignore[arg-type]
         buffer.outputs = [ir.MultiOutput(layout, buffer, [(list, i)]) for i, layout in enumerate(self.layouts)]
-        buffer.layout = ir.MultiOutputLayout(device=v.get_device())
+        buffer.layout = ir.MultiOutputLayout(device=self.layout.device)
         buffer.allow_epilogue_fusion = False
         return [ir.TensorBox.create(output) for output in buffer.outputs]
 
@@ -95,14 +141,29 @@ class QuantizeRows(CppTemplate):
 
     def render(self, kernel: Any, outputs: list[Any], **unused: Any) -> str:  # type: ignore[override]
         """Spell out the kernel. outputs: the buffers of the program's outputs."""
-        (v,) = self.input_nodes
-        used = {i: output for i, output in enumerate(outputs) if output.get_name() not in V.graph.removed_buffers}
-        code = _Code(self.program, v.get_dtype(), used)
+        used = {
+            i - self._first: output
+            for i, output in enumerate(outputs)
+            if output.get_name() not in V.graph.removed_buffers
+        }
+        normalized = used.pop(-1, None)
+        code = _Code(self.program, self._v_dtype, used)
+        names = {"v": self.input_nodes[0]}
+        if self.norm:
+            names |= {"weight": self.norm.weight, "bias": self.norm.bias}
+        inputs = {node.get_name(): (name, node) for name, node in names.items() if node is not None}
         return self._template_from_string(_TEMPLATE).render(
             template=self,
             kernel=kernel,
-            V=v,
-            outputs={f"Y{i}": output for i, output in used.items()},
+            v=self.input_nodes[0],
+            inputs=dict(inputs.values()),  # each buffer once
+            norm=self.norm,
+            norm_header=_NORM,
+            eps=_number(self.norm.eps) if self.norm else None,
+            columns=int(self.input_nodes[0].get_size()[1]),
+            row_type=DTYPE_TO_CPP[self._v_dtype],
+            normalized=normalized,
+            outputs=({"normalized": normalized} if normalized else {}) | {f"Y{i}": o for i, o in used.items()},
             num_threads=self.num_threads,
             parallel_elements=_PARALLEL_ELEMENTS,
             carried=code.carried,

@@ -33,6 +33,10 @@ disabled_lowerings: list[str] = _names("QFUSE_DISABLED_LOWERINGS")
 # fuses into that; on GPUs it makes three kernels of few long rows. Environment variable: QFUSE_FUSE_QUANTIZATION=0.
 fuse_quantization: bool = Config(default=True, env_name_default="QFUSE_FUSE_QUANTIZATION")
 
+# Make one kernel of a LayerNorm or RMSNorm and the quantization behind it, on CPU (see `qfuse.norm`). Environment
+# variable: QFUSE_FUSE_NORMS=0.
+fuse_norms: bool = Config(default=True, env_name_default="QFUSE_FUSE_NORMS")
+
 # Make one kernel of linears that share an activation, like query, key and value, on CPU (see `qfuse.grouping`).
 # Environment variable: QFUSE_GROUP_LINEARS=0.
 group_linears: bool = Config(default=True, env_name_default="QFUSE_GROUP_LINEARS")

@@ -26,7 +26,7 @@ matches_log = getArtifactLogger("qfuse", "qfuse_matches")
 
 
 class FusionPass(CustomGraphPass):
-    """Runs qfuse's passes on each joint graph: linears, their quantization, linears with each other, and attention."""
+    """Runs qfuse's passes on each joint graph: linears, their quantization, norms with it, linears with each other, and attention."""
 
     def __call__(self, graph: Graph) -> None:
         """Fuse the quantized linears of `graph` in place. Whatever goes wrong, the compile goes on without qfuse."""
@@ -36,7 +36,7 @@ class FusionPass(CustomGraphPass):
             log.warning("qfuse failed and leaves the graph as it is. Please report this.", exc_info=True)
 
     def _run(self, graph: Graph) -> None:
-        from qfuse import attention, fusion, grouping, quantization
+        from qfuse import attention, fusion, grouping, norm, quantization
 
         _load_lowerings()
         try:
@@ -46,6 +46,8 @@ class FusionPass(CustomGraphPass):
                     _tell(report)
                 if config.fuse_quantization:
                     _observed(graph, "qfuse.quantize", quantization.fuse_quantizations)
+                if config.fuse_norms:
+                    _observed(graph, "qfuse.norm", norm.fuse_norms)
                 if config.group_linears:
                     _observed(graph, "qfuse.group", grouping.group_linears)
                 if config.fuse_attention:

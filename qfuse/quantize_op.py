@@ -28,7 +28,8 @@ def quantize_rows_reference(v: Tensor, program: str) -> list[Tensor]:
 
 
 @torch.library.register_fake("qfuse::quantize_rows", lib=_library)
-def _quantize_rows_fake(v: Tensor, program: str) -> list[Tensor]:
+def quantize_rows_fake(v: Tensor, program: str) -> list[Tensor]:
+    """Return empty tensors like the results of `qfuse::quantize_rows`."""
     parsed = RowProgram.parse(program)
     m, k = v.shape
     return [

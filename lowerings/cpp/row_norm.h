@@ -1,0 +1,102 @@
+// LayerNorm and RMSNorm of rows, computed in float32: the variance after the mean, because that is exact. `F`, `for_lanes`, `load` and `first` are those of quantize_rows.cpp.jinja.
+#ifndef QFUSE_ROW_NORM
+#define QFUSE_ROW_NORM
+
+namespace qfuse_rows {
+
+#ifdef QFUSE_ROWS_AVX512
+static inline float sum(F a) { return _mm512_reduce_add_ps(_mm512_add_ps(a.v[0], a.v[1])); }
+static inline F fused_multiply_add(F a, F b, F c) {
+    return {_mm512_fmadd_ps(a.v[0], b.v[0], c.v[0]), _mm512_fmadd_ps(a.v[1], b.v[1], c.v[1])};
+}
+
+// Elements of p in the order of those of a row: lane by lane with them.
+template <typename Row, typename T, typename Lanes> static inline F load_like(const Row*, const T* p, Lanes lanes) {
+    const F a = load(p, lanes);
+    constexpr bool is_interleaved = std::is_same_v<T, at::BFloat16>;
+    if constexpr (is_interleaved == std::is_same_v<Row, at::BFloat16>) {
+        return a;
+    } else if constexpr (is_interleaved) {
+        const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+        const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+        return {_mm512_permutex2var_ps(a.v[0], low, a.v[1]), _mm512_permutex2var_ps(a.v[0], high, a.v[1])};
+    } else {
+        const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+        return {_mm512_permutex2var_ps(a.v[0], even, a.v[1]), _mm512_permutex2var_ps(a.v[0], odd, a.v[1])};
+    }
+}
+
+static inline __m512i bits(at::BFloat16, F a) {
+#ifdef __AVX512BF16__
+    const __m512i halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(a.v[1], a.v[0]));
+    const __m512i pairs = _mm512_setr_epi32(
+        0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007,
+        0x180008, 0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f);
+    return _mm512_permutexvar_epi16(pairs, halves);
+#else
+    const F b = rounded<at::BFloat16>(a);
+    const __m512i even = _mm512_srli_epi32(_mm512_castps_si512(b.v[0]), 16);
+    return _mm512_mask_mov_epi16(even, 0xaaaaaaaa, _mm512_castps_si512(b.v[1]));
+#endif
+}
+static inline __m512i bits(at::Half, F a) {
+    constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    const __m256i low = _mm512_cvtps_ph(a.v[0], nearest), high = _mm512_cvtps_ph(a.v[1], nearest);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+template <typename T> static inline void store(T* p, F a, Full) { _mm512_storeu_si512(p, bits(T(), a)); }
+template <typename T> static inline void store(T* p, F a, int n) { _mm512_mask_storeu_epi16(p, mask(n), bits(T(), a)); }
+static inline void store(float* p, F a, Full) { _mm512_storeu_ps(p, a.v[0]), _mm512_storeu_ps(p + 16, a.v[1]); }
+static inline void store(float* p, F a, int n) {
+    _mm512_mask_storeu_ps(p, mask(n), a.v[0]), _mm512_mask_storeu_ps(p + 16, mask(n) >> 16, a.v[1]);
+}
+#else
+static inline float sum(F a) { float r = 0; for (float lane : a.v) r += lane; return r; }
+static inline F fused_multiply_add(F a, F b, F c) { return add(mul(a, b), c); }
+template <typename Row, typename T, typename Lanes> static inline F load_like(const Row*, const T* p, Lanes lanes) { return load(p, lanes); }
+template <typename T> static inline void store(T* p, F a, int n) { for (int i = 0; i < n; i++) p[i] = static_cast<T>(a.v[i]); }
+#endif
+
+// (x − mean(x)) / √(mean((x − mean(x))²) + eps) · weight + bias for each of `count` rows, without the mean if not
+// centered. x: its rows are `stride` elements apart. weight, bias: K numbers, or nullptr. result: contiguous rows.
+// Each step is done for all rows before the next one, because a reduction ends in a chain of latencies.
+template <bool centered, int64_t K, int64_t most, typename X, typename W, typename B, typename Row>
+static inline void normalize(
+    const X* x, int64_t stride, W weight, B bias, float eps, Row* result, int64_t count) {
+    constexpr int64_t lanes_of_row = (K + LANES - 1) / LANES * LANES;
+    alignas(64) float kept[most][lanes_of_row];  // x, and then its deviation from the mean
+    float mean[most], variance[most];
+    for (int64_t m = 0; m < count; m++) {
+        F total(0.f);
+        for_lanes(K, [&](int64_t k, auto lanes) {
+            const F a = load_like(result, x + m * stride + k, lanes);  // lanes that are not in use are 0
+            total = centered ? add(total, a) : fused_multiply_add(a, a, total);
+            store(kept[m] + k, a, Full());
+        });
+        (centered ? mean : variance)[m] = sum(total) / K;
+    }
+    if constexpr (centered) {
+        for (int64_t m = 0; m < count; m++) {
+            F total(0.f);
+            for_lanes(K, [&](int64_t k, auto lanes) {
+                const F a = first(result, sub(load(kept[m] + k, Full()), F(mean[m])), F(0.f), lanes);
+                total = fused_multiply_add(a, a, total);
+                store(kept[m] + k, a, Full());
+            });
+            variance[m] = sum(total) / K;
+        }
+    }
+    for (int64_t m = 0; m < count; m++) {
+        const F scale(1.f / std::sqrt(variance[m] + eps));
+        for_lanes(K, [&](int64_t k, auto lanes) {
+            F a = mul(load(kept[m] + k, Full()), scale);
+            if constexpr (!std::is_null_pointer_v<W>) a = mul(a, load_like(result, weight + k, lanes));
+            if constexpr (!std::is_null_pointer_v<B>) a = add(a, load_like(result, bias + k, lanes));
+            store(result + m * K + k, a, lanes);
+        });
+    }
+}
+
+}  // namespace qfuse_rows
+#endif
