@@ -65,8 +65,9 @@ def norm_quantize_rows(
 ) -> list[ir.TensorBox]:
     """Lower `qfuse::norm_quantize_rows`; by the reference, if that fails."""
     try:
-        weight, bias = (None if column is None else _rows_in_memory(column) for column in (weight, bias))
-        norm = _Norm(weight, bias, eps, is_centered, dtype)
+        columns = {name: _rows_in_memory(c) for name, c in (("weight", weight), ("bias", bias)) if c is not None}
+        norm = _Norm(columns, eps, is_centered, dtype)
+        assert x.get_size()[1].is_Integer, "the kernel is compiled for one length of rows"
         return QuantizeRows(_rows_in_memory(x), RowProgram.parse(program), norm).outputs()
     except Exception:
         log.warning("the kernel of a norm failed, eager runs instead. Please report this.", exc_info=True)
@@ -96,10 +97,9 @@ def _has_contiguous_rows(v: Any) -> bool:
 
 @dataclass(frozen=True)
 class _Norm:
-    """The arguments of a norm, see `qfuse.norm_op`, without x. weight, bias: buffers or views of such."""
+    """The arguments of a norm, see `qfuse.norm_op`, without x. columns: weight and bias, those that there are."""
 
-    weight: Any | None
-    bias: Any | None
+    columns: dict[str, Any]
     eps: float
     is_centered: bool
     dtype: torch.dtype
@@ -115,7 +115,6 @@ class QuantizeRows(CppTemplate):
         m, k = v.get_size()
         self.program, self.norm = program, norm
         self._v_dtype = norm.dtype if norm else v.get_dtype()
-        self._first = 1 if norm else 0  # position of the program's first output
         self.layouts = [ir.FixedLayout(v.get_device(), norm.dtype, [m, k])] if norm else []
         self.layouts += [
             ir.FixedLayout(
@@ -123,8 +122,8 @@ class QuantizeRows(CppTemplate):
             )
             for output in program.outputs
         ]
-        columns = [c for c in (norm.weight, norm.bias) if c is not None] if norm else []
-        super().__init__("quantize_rows", [v, *columns], self.layouts[0], parallel_num_threads())
+        self.operands = {"v": v} | (norm.columns if norm else {})
+        super().__init__("quantize_rows", list(self.operands.values()), self.layouts[0], parallel_num_threads())
         _Code(program, self._v_dtype, range(len(program.outputs)))  # what fails had better fail now
 
     def outputs(self) -> list[ir.TensorBox]:
@@ -141,35 +140,31 @@ class QuantizeRows(CppTemplate):
 
     def render(self, kernel: Any, outputs: list[Any], **unused: Any) -> str:  # type: ignore[override]
         """Spell out the kernel. outputs: the buffers of the program's outputs."""
-        used = {
-            i - self._first: output
-            for i, output in enumerate(outputs)
-            if output.get_name() not in V.graph.removed_buffers
-        }
-        normalized = used.pop(-1, None)
+        normalized, *results = outputs if self.norm else [None, *outputs]
+        is_stored = normalized is not None and _is_used(normalized)
+        used = {i: output for i, output in enumerate(results) if _is_used(output)}
         code = _Code(self.program, self._v_dtype, used)
-        names = {"v": self.input_nodes[0]}
-        if self.norm:
-            names |= {"weight": self.norm.weight, "bias": self.norm.bias}
-        inputs = {node.get_name(): (name, node) for name, node in names.items() if node is not None}
         return self._template_from_string(_TEMPLATE).render(
             template=self,
             kernel=kernel,
-            v=self.input_nodes[0],
-            inputs=dict(inputs.values()),  # each buffer once
+            inputs=dict({node.get_name(): (name, node) for name, node in self.operands.items()}.values()),
+            outputs=({"normalized": normalized} if is_stored else {}) | {f"Y{i}": o for i, o in used.items()},
+            **{"weight": None, "bias": None} | self.operands,
+            row_type=DTYPE_TO_CPP[self._v_dtype],
             norm=self.norm,
             norm_header=_NORM,
             eps=_number(self.norm.eps) if self.norm else None,
-            columns=int(self.input_nodes[0].get_size()[1]),
-            row_type=DTYPE_TO_CPP[self._v_dtype],
-            normalized=normalized,
-            outputs=({"normalized": normalized} if normalized else {}) | {f"Y{i}": o for i, o in used.items()},
+            is_stored=is_stored,
             num_threads=self.num_threads,
             parallel_elements=_PARALLEL_ELEMENTS,
             carried=code.carried,
             rows=code.rows,
             elements=code.elements,
         )
+
+
+def _is_used(output: Any) -> bool:
+    return output.get_name() not in V.graph.removed_buffers
 
 
 class _Code:

@@ -203,27 +203,29 @@ add:uint8 %11 128
         self.assertExpectedInline(
             kernel,
             """\
-    using T = std::decay_t<decltype(V[0])>;
-    const int64_t M = static_cast<int64_t>(5L), K = static_cast<int64_t>(67L);
+    using T = float;
+    const int64_t M = static_cast<int64_t>(5L);
+    const int64_t K = static_cast<int64_t>(67L);
     // What is computed once a row is a chain of latencies: it is done for as many rows together as L1 holds.
     constexpr int64_t MOST = 8;
+    const int64_t BYTES = std::max<int64_t>(K, 1) * (sizeof(T));
+    const int64_t R = std::clamp<int64_t>(24576 / BYTES, 1, MOST);
     struct Row { float x3; };
-    const int64_t R = std::clamp<int64_t>(24576 / (std::max<int64_t>(K, 1) * sizeof(T)), 1, MOST);
     #pragma omp parallel for num_threads(1) if(1 > 1 && M * K >= 16384)
-    for (int64_t start = 0; start < M; start += R) {
-        const int64_t end = std::min(M, start + R);
+    for (int64_t begin = 0; begin < M; begin += R) {
+        const int64_t end = std::min(M, begin + R);
         Row carried[MOST];
-        for (int64_t m = start; m < end; m++) {
-            const T* row = &(V[static_cast<int64_t>(67L*m)]);
+        for (int64_t m = begin; m < end; m++) {
+            const T* row = &(v[static_cast<int64_t>(67L*m)]);
             const auto e1 = q::extremes<true>(row, K);
             const float x2 = e1.amax();
             const float x3 = q::div(x2, static_cast<float>(127));
             Y1[m] = static_cast<float>(x3);
-            carried[m - start] = {x3};
+            carried[m - begin] = {x3};
         }
-        for (int64_t m = start; m < end; m++) {
-            const T* row = &(V[static_cast<int64_t>(67L*m)]);
-            const float x3 = carried[m - start].x3;
+        for (int64_t m = begin; m < end; m++) {
+            const T* row = &(v[static_cast<int64_t>(67L*m)]);
+            const float x3 = carried[m - begin].x3;
             q::for_lanes(K, [&](int64_t k, auto lanes) {
                 const q::F x0 = q::load(row + k, lanes);
                 const q::F x4 = q::div(x0, q::F(x3));
@@ -437,8 +439,8 @@ def test_bert() -> None:
     model = BertModel(BertConfig(vocab_size=100, **shape)).eval().bfloat16()
     quantize_(model, Int8DynamicActivationInt8WeightConfig())
     operators = trace(lambda ids: model(ids).last_hidden_state, torch.randint(0, 100, (2, 16))).after
-    counts = [operators.count(f"qfuse.{name}.default") for name in ("int8_linear", "quantize_rows")]
-    assert counts == [8, 8]
+    counts = [operators.count(f"qfuse.{name}.default") for name in ("int8_linear", "quantize_rows", "norm_quantize_rows")]
+    assert counts == [8, 4, 4]
     assert "aten.amax.default" not in operators
 
 
