@@ -1,4 +1,4 @@
-"""The fourth pass: attention between quantized linears becomes `qfuse::attention`, on CPU.
+"""The fifth pass: attention between quantized linears becomes `qfuse::attention`, on CPU.
 
 Once the linears are fused, attention takes a third of the time of a small encoder. It is the same operation as ATen's,
 in a faster kernel, which also reads keys and values that several heads share without copying them for each. Models

@@ -26,7 +26,10 @@ matches_log = getArtifactLogger("qfuse", "qfuse_matches")
 
 
 class FusionPass(CustomGraphPass):
-    """Runs qfuse's passes on each joint graph: linears, their quantization, norms with it, linears with each other, and attention."""
+    """Runs qfuse's passes on each joint graph.
+
+    Linears, the quantization in front of them, norms in front of that, linears of one activation, and attention.
+    """
 
     def __call__(self, graph: Graph) -> None:
         """Fuse the quantized linears of `graph` in place. Whatever goes wrong, the compile goes on without qfuse."""

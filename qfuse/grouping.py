@@ -1,4 +1,4 @@
-"""The third pass: linears of one activation become one linear of all their columns, and slices of its result.
+"""The fourth pass: linears of one activation become one linear of all their columns, and slices of its result.
 
 Query, key and value read the same quantized activation. Together they are one kernel instead of three, with more
 columns to share among threads, which counts most where there are few rows. A linear that a pointwise operator follows

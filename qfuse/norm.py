@@ -96,13 +96,12 @@ def _merge(quantize: Node) -> str | None:
         x = emit.reshape(norm.x, [-1, k])
         weight, bias = (c and emit.reshape(c, [k]) for c in (norm.weight, norm.bias))
         dtype = fake_value(v).dtype
-        results = emit.call(
-            ops.norm_quantize_rows.default, x, weight, bias, norm.eps, norm.is_centered, dtype, program
-        )
+        results = emit.call(ops.norm_quantize_rows.default, x, weight, bias, norm.eps, norm.is_centered, dtype, program)
         normalized = emit.call(operator.getitem, results, 0)
         new = {v: emit.reshape(normalized, [d if isinstance(d, int) else -1 for d in fake_value(v).shape])}
         for item in quantize.users:
-            new[item] = emit.call(operator.getitem, results, item.args[1] + 1)  # type: ignore[operator]
+            (_, position) = item.args
+            new[item] = emit.call(operator.getitem, results, 1 + position)  # type: ignore[operator]
         if not all(same_shape(*pair) for pair in new.items()):
             raise RuntimeError(f"{fake_value(new[v])} cannot replace {fake_value(v)}")
     except Exception:
@@ -164,18 +163,16 @@ def _moment_of(node: Node, which: int) -> Node | None:
     node = _looked_through(node)
     if node.target is not operator.getitem or node.args[1] != which:
         return None
-    both: Node = node.args[0]  # type: ignore[assignment]
-    if both.target is not aten.var_mean.correction or both.kwargs != {"correction": 0, "keepdim": True}:
-        return None
-    return _unconverted(both.args[0]) if _reduces_rows(*both.args) else None  # type: ignore[arg-type]
+    x = _reduced(node.all_input_nodes[0], aten.var_mean.correction, correction=0, keepdim=True)
+    return x and _unconverted(x)
 
 
 def _uncentered(x: Node, variance: Node) -> Node | None:
     """Return x, if `variance` is the mean of its squares."""
-    mean = _looked_through(variance)
-    if mean.target is not aten.mean.dim or mean.kwargs or mean.args[2:] != (True,) or not _reduces_rows(*mean.args[:2]):
+    square = _reduced(_looked_through(variance), aten.mean.dim, True)
+    if square is None:
         return None
-    square = _looked_through(mean.args[0])  # type: ignore[arg-type]
+    square = _looked_through(square)
     if square.target is aten.pow.Tensor_Scalar and square.args[1] == 2:
         factors = square.args[:1]
     elif square.target is aten.mul.Tensor and not square.kwargs:
@@ -183,15 +180,17 @@ def _uncentered(x: Node, variance: Node) -> Node | None:
     else:
         return None
     x = _unconverted(x)
-    return x if all(is_tensor(f) and _unconverted(f) is x for f in factors) else None  # type: ignore[arg-type]
+    return x if all(is_tensor(f) and _unconverted(f) is x for f in factors) else None
 
 
-def _reduces_rows(node: object, dims: object) -> bool:
-    """Tell whether a reduction of `node` over `dims` is one over its last dimension."""
-    match node, dims:
-        case Node(), [int() as dim]:
-            return dim in (-1, fake_value(node).dim() - 1)
-    return False
+def _reduced(node: Node, target: Target, *options: object, **named: object) -> Node | None:
+    """Return what `node` reduces over the last dimension, if it is a call of `target` with these options."""
+    if node.target is not target or node.args[2:] != options or node.kwargs != named:
+        return None
+    match node.args:
+        case Node() as x, [int() as dim], *_ if dim in (-1, fake_value(x).dim() - 1):
+            return x
+    return None
 
 
 def _is_of_rows(values: Node, node: Node) -> bool:
@@ -214,13 +213,12 @@ def _without_columns(node: Node, target: Target) -> Iterator[tuple[Node, Node | 
     """Return what columns are added to, or multiplied by, and the columns; and `node` itself, without any."""
     yield node, None
     for inner, columns in _operands(node, target):
-        if is_tensor(inner) and is_tensor(columns) and _is_of_columns(columns, inner):
-            yield inner, unexpanded(columns)  # type: ignore[misc]
+        if is_tensor(inner) and is_tensor(columns := unexpanded(columns)) and _is_of_columns(columns, inner):
+            yield inner, columns
 
 
 def _is_of_columns(values: Node, node: Node) -> bool:
     """Tell whether `values` has one float for each column of `node`, and is broadcast over it."""
-    values = unexpanded(values)  # type: ignore[assignment]
     *leading, last = fake_value(values).shape or (0,)
     is_vector = equal(last, _columns(node)) and all(equal(d, 1) for d in leading)
     return is_vector and fake_value(values).dtype in FLOATS
@@ -258,5 +256,5 @@ def _converted_input(node: Node) -> Node | None:
     """Return what `node` is a conversion of, from one float that the kernel takes to another."""
     if node.target is not prims.convert_element_type.default:
         return None
-    inner = node.args[0]
-    return inner if all(fake_value(n).dtype in FLOATS for n in (inner, node)) else None  # type: ignore[arg-type, return-value]
+    (inner,) = node.all_input_nodes
+    return inner if all(fake_value(n).dtype in FLOATS for n in (inner, node)) else None

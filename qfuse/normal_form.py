@@ -14,6 +14,7 @@ from __future__ import annotations
 import enum
 import math
 from dataclasses import dataclass, replace
+from typing import TypeGuard
 
 import torch
 from torch.fx import Node
@@ -177,7 +178,7 @@ def equal(a: Dim, b: Dim) -> bool:
     return statically_known_true(a == b)
 
 
-def is_tensor(operand: object) -> bool:
+def is_tensor(operand: object) -> TypeGuard[Node]:
     """Tell whether `operand` is a tensor of the graph, and no number, which may be a node as well: a symbolic one."""
     return isinstance(operand, Node) and isinstance(fake_value(operand), torch.Tensor)
 

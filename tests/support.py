@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import unittest.mock
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 import qfuse
 from qfuse.fusion_pass import FUSION_PASS
 from qfuse.inductor import compile_like_inductor, installed_passes, with_fresh_code
-from qfuse.isa import cpu_isa
+from qfuse.isa import Isa, cpu_isa
 from qfuse.normal_form import reshaped_input
 from qfuse.problem import Problem
 from qfuse.records import recording
@@ -186,6 +187,11 @@ def assert_no_worse(result: Any, model: Model, *args: Any) -> None:
     ]
     assert all(r is p for r, p in dtypes), dtypes
     assert error(result, exact) <= 1.05 * error(plain, exact) + 2 * torch.finfo(torch.float32).eps
+
+
+def without_amx() -> contextlib.AbstractContextManager[object]:
+    """Fuse as on a CPU without AMX, where the activation is uint8, so that graphs and names are the same everywhere."""
+    return unittest.mock.patch("qfuse.problem.cpu_isa", return_value=Isa.AVX512_VNNI)
 
 
 def run_python(code: str, *, cwd: str | None = None, **env: str) -> subprocess.CompletedProcess[str]:

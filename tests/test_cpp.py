@@ -133,7 +133,7 @@ def test_instruction_sets(isa: Isa, monkeypatch: pytest.MonkeyPatch) -> None:
     with fresh_cache():
         results, codes = run_and_get_code(torch.compile(model), *inputs)
     microkernel = template.MICROKERNELS[isa]
-    for class_name in filter(None, (microkernel.class_name, microkernel.signed_class_name)):
+    for class_name in microkernel.class_names.values():
         assert f"using Microkernel = qfuse::{class_name};" in codes[0]
     for result, reference in zip(results, model(*inputs), strict=True):
         _assert_equal_up_to_order(result, reference)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import re
-import unittest.mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from producers import quantized
-from support import assert_no_worse, compile_and_run, trace
+from support import assert_no_worse, compile_and_run, trace, without_amx
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache, run_and_get_code
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
 import qfuse
-from qfuse.isa import Isa
 
 K = 64
 
@@ -108,8 +106,7 @@ def test_kernels() -> None:
 
     model = int8(Attention((96, 96, 96)))
     # not every CPU has a kernel for attention
-    elsewhere = unittest.mock.patch("qfuse.problem.cpu_isa", return_value=Isa.AVX512_VNNI)  # AMX has other names
-    with fresh_cache(), qfuse.config.patch(fuse_attention=False), elsewhere:
+    with fresh_cache(), qfuse.config.patch(fuse_attention=False), without_amx():
         _, (*_, code) = run_and_get_code(torch.compile(model), torch.randn(9, K, dtype=torch.bfloat16))
     assert code.count("Microkernel microkernel(K);") == 1
     calls = re.findall(r"^ +(cpp_fused\w+)\(", code.split("def call(")[1].split("runner =")[0], re.M)

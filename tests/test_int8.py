@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import unittest.mock
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 from producers import ROWS, T2, T7, T8, Row, Written, quantized
-from support import assert_no_worse, compile_and_run, error, in_float64, trace
+from support import assert_no_worse, compile_and_run, error, in_float64, trace, without_amx
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch.nn import functional as F
@@ -124,8 +123,7 @@ def test_shared_activation_and_tied_weight() -> None:
 
 
 def _ops(model: Written) -> str:
-    # elsewhere the activation has another signedness, and the graph a conversion more or less
-    with unittest.mock.patch("qfuse.problem.cpu_isa", return_value=Isa.AVX512_VNNI):
+    with without_amx():
         traced = trace(model, *model.inputs(2, 5))
     return "\n".join(["before:", *traced.before, "", "after:", *traced.after])
 

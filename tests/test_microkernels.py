@@ -72,8 +72,7 @@ class Case:
         """The driver and the microkernel."""
         kernel = MICROKERNELS[self.isa]
         includes = "\n".join(f"#include <{name}>" for name in kernel.includes)
-        class_name = kernel.class_name if self.rows is torch.uint8 else kernel.signed_class_name
-        return DRIVER.format(includes=includes, text=kernel.text, class_name=class_name)
+        return DRIVER.format(includes=includes, text=kernel.text, class_name=kernel.class_names[self.rows])
 
     @property
     def runs(self) -> bool:
@@ -85,8 +84,7 @@ def _runs(isa: Isa) -> bool:
     return isa is Isa.NONE or bool(torch.cpu.get_capabilities().get(isa.value))
 
 
-CASES = [Case(isa, torch.uint8) for isa in Isa]
-CASES += [Case(isa, torch.int8) for isa in Isa if MICROKERNELS[isa].signed_class_name]
+CASES = [Case(isa, rows) for isa in Isa for rows in MICROKERNELS[isa].class_names]
 
 
 def _compile(case: Case, folder: Path, *options: str) -> Path:

@@ -489,7 +489,10 @@ def test_bert_and_llama() -> None:
     torch.manual_seed(0)
     shape = {"vocab_size": 100, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     ids = torch.randint(0, 100, (2, 16))
-    models = (BertModel(BertConfig(intermediate_size=128, **shape)), LlamaModel(LlamaConfig(intermediate_size=128, **shape)))
+    models = (
+        BertModel(BertConfig(intermediate_size=128, **shape)),
+        LlamaModel(LlamaConfig(intermediate_size=128, **shape)),
+    )
     for model in models:
         model.eval().bfloat16()
         quantize_(model, Int8DynamicActivationInt8WeightConfig())

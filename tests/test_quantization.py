@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import unittest.mock
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ import expecttest
 import producers
 import pytest
 import torch
-from support import Model, snapshots, trace, unfused
+from support import Model, snapshots, trace, unfused, without_amx
 from torch import Tensor, nn
 from torch._inductor import config as inductor_config
 from torch._inductor.utils import run_and_get_code
@@ -22,7 +21,6 @@ from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize
 from transformers import BertConfig, BertModel
 
 import qfuse
-from qfuse.isa import Isa
 from qfuse.lowerings import quantize_rows, quantize_rows_inductor
 from qfuse.row_program import RowProgram
 
@@ -147,10 +145,7 @@ def test_producers(name: str, dtype: torch.dtype) -> None:
 
 class TestGraphs(expecttest.TestCase):
     def setUp(self) -> None:
-        # elsewhere the activation has another dtype
-        patch = unittest.mock.patch("qfuse.problem.cpu_isa", return_value=Isa.AVX512_VNNI)
-        self.addCleanup(patch.stop)
-        patch.start()
+        self.enterContext(without_amx())
 
     def test_before_and_after(self) -> None:
         model, x = Quantized(absmax), torch.randn(5, 67)
@@ -439,7 +434,9 @@ def test_bert() -> None:
     model = BertModel(BertConfig(vocab_size=100, **shape)).eval().bfloat16()
     quantize_(model, Int8DynamicActivationInt8WeightConfig())
     operators = trace(lambda ids: model(ids).last_hidden_state, torch.randint(0, 100, (2, 16))).after
-    counts = [operators.count(f"qfuse.{name}.default") for name in ("int8_linear", "quantize_rows", "norm_quantize_rows")]
+    counts = [
+        operators.count(f"qfuse.{name}.default") for name in ("int8_linear", "quantize_rows", "norm_quantize_rows")
+    ]
     assert counts == [8, 4, 4]
     assert "aten.amax.default" not in operators
 

@@ -29,7 +29,7 @@ class Cpp:
 
     def activation_dtype(self, problem: Problem) -> torch.dtype:
         """See `Provider.activation_dtype`. AMX takes what is there."""
-        return torch.uint8 if MICROKERNELS[problem.isa].signed_class_name is None else problem.x_dtype
+        return MICROKERNELS[problem.isa].activation_dtype(problem.x_dtype)
 
     def lower(self, call: Int8LinearCall) -> object:
         """See `Provider.lower`."""

@@ -6,6 +6,8 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from qfuse.isa import Isa
 
 _FOLDER = Path(__file__).parent
@@ -15,15 +17,18 @@ _FOLDER = Path(__file__).parent
 class Microkernel:
     """A C++ class that computes blocks of 64 columns, see `block.h`.
 
-    class_name: in the namespace `qfuse`, for unsigned rows. signed_class_name: for signed ones, if it takes these.
-    max_rows: that it takes in one call. files: its text, in order. includes: headers of the system that the text needs.
+    class_names: by the dtype of the rows, in the namespace `qfuse`. max_rows: that it takes in one call. files: its
+    text, in order. includes: headers of the system that the text needs.
     """
 
-    class_name: str
+    class_names: dict[torch.dtype, str]
     max_rows: int
     files: tuple[str, ...]
     includes: tuple[str, ...]
-    signed_class_name: str | None = None
+
+    def activation_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype that an activation of `dtype`, int8 or uint8, has to have."""
+        return dtype if dtype in self.class_names else torch.uint8
 
     @functools.cached_property
     def text(self) -> str:
@@ -33,13 +38,12 @@ class Microkernel:
 
 MICROKERNELS = {
     Isa.AMX: Microkernel(
-        "Amx<false>",
+        {torch.uint8: "Amx<false>", torch.int8: "Amx<true>"},
         32,
         ("avx512_vnni.h", "shifted.h", "amx_permission.h", "amx.h"),
         ("cstring", "immintrin.h", "type_traits", "vector", "sys/syscall.h", "unistd.h"),
-        "Amx<true>",
     ),
-    Isa.AVX512_VNNI: Microkernel("Avx512Vnni", 48, ("avx512_vnni.h",), ("cstring", "immintrin.h")),
-    Isa.AVX_VNNI: Microkernel("AvxVnni", 48, ("portable.h", "avx_vnni.h"), ("cstring", "immintrin.h")),
-    Isa.NONE: Microkernel("Portable", 48, ("portable.h",), ("cstring",)),
+    Isa.AVX512_VNNI: Microkernel({torch.uint8: "Avx512Vnni"}, 48, ("avx512_vnni.h",), ("cstring", "immintrin.h")),
+    Isa.AVX_VNNI: Microkernel({torch.uint8: "AvxVnni"}, 48, ("portable.h", "avx_vnni.h"), ("cstring", "immintrin.h")),
+    Isa.NONE: Microkernel({torch.uint8: "Portable"}, 48, ("portable.h",), ("cstring",)),
 }

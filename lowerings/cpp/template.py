@@ -27,8 +27,7 @@ _TEXT = (Path(__file__).parent / "linear.cpp.jinja").read_text()
 
 def int8_linear(call: Int8LinearCall) -> ir.TensorBox:
     """Lower a linear whose weight is packed."""
-    if MICROKERNELS[cpu_isa()].signed_class_name is None:
-        call = call.with_activation(torch.uint8)
+    call = call.with_activation(MICROKERNELS[cpu_isa()].activation_dtype(call.x.get_dtype()))
     x, weight, column_sums, x_scale, w_scale = map(
         ir.ExternKernel.require_contiguous,
         map(in_memory, (call.x, call.weight, call.column_sums, call.x_scale, call.w_scale)),
@@ -100,7 +99,7 @@ class Int8LinearTemplate(CppTemplate):
                 template=self,
                 kernel=kernel,
                 microkernel=microkernel,
-                class_name=microkernel.class_name if x.get_dtype() is torch.uint8 else microkernel.signed_class_name,
+                class_name=microkernel.class_names[x.get_dtype()],
                 vector_math=VECTOR_MATH,
                 inputs=dict(inputs.values()),
                 x=x,
