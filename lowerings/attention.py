@@ -23,6 +23,7 @@ from qfuse.attention_op import attention_reference  # noqa: F401  registers the 
 from qfuse.inductor import are_equal_now, fake_value, statically_known_true
 from qfuse.isa import Isa, cpu_isa
 from qfuse.lowerings.call import in_memory
+from qfuse.normal_form import equal, same_sizes
 
 log = logging.getLogger("qfuse.lowerings")
 
@@ -97,15 +98,13 @@ def kernel_for(q: torch.Tensor, k: torch.Tensor) -> Kernel | None:
 
 def _fit(q: Sequence[Any], k: Sequence[Any], v: Sequence[Any]) -> bool:
     """Tell whether k and v are alike, and q has as many batches, and each of their heads serves as many of q's."""
-    pairs = [(q[0], k[0]), (q[3], k[3]), (q[1] % k[1], 0)]
-    return are_equal_now(k, v) and all(statically_known_true(a == b) for a, b in pairs)
+    return are_equal_now(k, v) and same_sizes((q[0], q[3], q[1] % k[1]), (k[0], k[3], 0))
 
 
 def _can_be_read_as_if_expanded(mask: Sequence[Any], scores: Sequence[Any]) -> bool:
     wanted = scores[len(scores) - len(mask) :]
     return len(mask) in (2, 4) and all(
-        statically_known_true(size == 1) or statically_known_true(size == full)
-        for size, full in zip(mask, wanted, strict=True)
+        equal(size, 1) or equal(size, full) for size, full in zip(mask, wanted, strict=True)
     )
 
 

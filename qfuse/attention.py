@@ -16,8 +16,8 @@ import torch
 from torch.fx import Graph, Node
 
 from qfuse import attention_op  # noqa: F401  registers the op
-from qfuse.inductor import are_equal_now, copy_origin, fake_value, is_training_graph, statically_known_true
-from qfuse.normal_form import reshaped_input
+from qfuse.inductor import are_equal_now, copy_origin, fake_value, is_training_graph
+from qfuse.normal_form import reshaped_input, same_sizes
 
 aten, ops = torch.ops.aten, torch.ops.qfuse
 log = logging.getLogger(__name__)
@@ -124,9 +124,5 @@ def _before_repetition(heads: Node) -> Node | None:
         return None
     batch, kv_heads, keys, size = shape
     wanted = (batch, kv_heads * repeated[2], keys, size)
-    same = _equal(repeated, (batch, kv_heads, repeated[2], keys, size)) and _equal(result, wanted)
+    same = same_sizes(repeated, (batch, kv_heads, repeated[2], keys, size)) and same_sizes(result, wanted)
     return x if same else None
-
-
-def _equal(shape: Any, other: Any) -> bool:
-    return len(shape) == len(other) and all(statically_known_true(a == b) for a, b in zip(shape, other, strict=True))

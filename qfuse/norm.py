@@ -20,7 +20,7 @@ from torch.fx.node import Target
 from qfuse import norm_op  # noqa: F401  registers the op
 from qfuse.inductor import copy_origin, fake_value
 from qfuse.match import assertions
-from qfuse.normal_form import FLOATS, Dim, equal, is_tensor, reshaped_input, same_shape, unexpanded
+from qfuse.normal_form import FLOATS, Dim, equal, is_tensor, reshaped_input, same_shape, same_sizes, unexpanded
 from qfuse.rewrite import Emitter
 
 aten, prims, ops = torch.ops.aten, torch.ops.prims, torch.ops.qfuse
@@ -195,9 +195,7 @@ def _reduced(node: Node, target: Target, *options: object, **named: object) -> N
 
 def _is_of_rows(values: Node, node: Node) -> bool:
     """Tell whether `values` has one value for each row of `node`, and is broadcast over it."""
-    *rows, one = fake_value(values).shape or (0,)
-    expected = fake_value(node).shape[:-1]
-    return equal(one, 1) and len(rows) == len(expected) and all(map(equal, rows, expected))
+    return same_sizes(fake_value(values).shape, (*fake_value(node).shape[:-1], 1))
 
 
 def _operands(node: Node | None, *targets: Target) -> Iterator[tuple[Any, Any]]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeGuard
 
@@ -183,12 +184,16 @@ def is_tensor(operand: object) -> TypeGuard[Node]:
     return isinstance(operand, Node) and isinstance(fake_value(operand), torch.Tensor)
 
 
+def same_sizes(a: Sequence[Dim], b: Sequence[Dim]) -> bool:
+    """Tell whether two shapes are equal for every input."""
+    return len(a) == len(b) and all(map(equal, a, b))
+
+
 def same_shape(a: Node, b: Node) -> bool:
     """Tell whether two nodes are tensors that have equal shapes for every input."""
     if not is_tensor(a) or not is_tensor(b):
         return False
-    p, q = fake_value(a).shape, fake_value(b).shape
-    return len(p) == len(q) and all(map(equal, p, q))
+    return same_sizes(fake_value(a).shape, fake_value(b).shape)
 
 
 def broadcast_axis(operand: Operand, value: Node) -> Axis | None:
@@ -206,7 +211,7 @@ def broadcast_axis(operand: Operand, value: Node) -> Axis | None:
     leading, last = _without_leading_ones(shape[:-1]), shape[-1]
     if not leading and equal(last, n):
         return Axis.COLUMN
-    if equal(last, 1) and len(leading) == len(rows) and all(map(equal, leading, rows)):
+    if equal(last, 1) and same_sizes(leading, rows):
         return Axis.ROW
     return None
 

@@ -23,7 +23,7 @@ from torch.fx.node import Target
 from qfuse.graph_text import operator as name_of
 from qfuse.inductor import copy_origin, fake_value
 from qfuse.match import assertions
-from qfuse.normal_form import Dim, equal, reshaped_input, same_shape
+from qfuse.normal_form import Dim, equal, reshaped_input, same_shape, same_sizes
 from qfuse.quantize_op import quantize_rows_reference  # noqa: F401  registers the op
 from qfuse.reasons import Decline
 from qfuse.rewrite import Emitter
@@ -399,8 +399,7 @@ class _Reader:
         """Tell whether each value of `operand` meets the values of its own row in `node`."""
         if self.is_element(operand) or not element:
             return same_shape(operand, node)
-        shape, expected = fake_value(operand).shape, fake_value(node).shape
-        return len(shape) == len(expected) and equal(shape[-1], 1) and all(map(equal, shape[:-1], expected[:-1]))
+        return same_sizes(fake_value(operand).shape, (*fake_value(node).shape[:-1], 1))
 
 
 def _promotes(name: str, nodes: Sequence[Node], dtype: torch.dtype) -> bool:

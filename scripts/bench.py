@@ -11,11 +11,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from benchmarks.worker import ISA_LIMITS
 from command_line import at_least, silence
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ("minilm", "bert", "llama")
-ISAS = ("native", "avx512_vnni")
 
 
 def main() -> int:
@@ -57,7 +57,10 @@ def parse_options() -> argparse.Namespace:
     )
     common.add_argument("--rounds", type=at_least(2), default=30, metavar="N", help="alternating rounds (default: 30)")
     common.add_argument(
-        "--isa", choices=ISAS, default="native", help="avx512_vnni: as on a CPU without AMX, for torch and torchao too"
+        "--isa",
+        choices=list(ISA_LIMITS),
+        default="native",
+        help="avx512_vnni: as on a CPU without AMX, for torch and torchao too",
     )
     common.add_argument("--profile", action="store_true", help="show the time by kernel too; slows calls a little")
     common.add_argument(
