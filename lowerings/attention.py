@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch._inductor import ir
@@ -121,9 +121,10 @@ def _has_amx() -> bool:
 @register_lowering(torch.ops.qfuse.attention.default, type_promotion_kind=None)
 def attention(q: Any, k: Any, v: Any, mask: Any | None, is_causal: bool, scale: float | None) -> ir.TensorBox:
     """Lower `qfuse::attention`; by the reference, if that fails."""
+    layout = _like(q, V.graph.current_node.meta["val"])
+    if layout.stride[-1] != 1:  # the kernel stores the elements of a row next to each other
+        return cast(ir.TensorBox, _reference(q, k, v, mask, is_causal, scale))
     try:
-        layout = _like(q, V.graph.current_node.meta["val"])
-        assert layout.stride[-1] == 1, "the kernel stores the elements of a row next to each other"
         q_rows, k_rows, v_rows, mask_rows = map(_rows_in_memory, (q, k, v, mask))
         operands: Any = V.graph.current_node.args
         kernel = kernel_for(fake_value(operands[0]), fake_value(operands[1]))
@@ -131,8 +132,7 @@ def attention(q: Any, k: Any, v: Any, mask: Any | None, is_causal: bool, scale: 
         return AttentionTemplate(kernel, layout, q_rows, k_rows, v_rows, mask_rows, is_causal, scale).output()
     except Exception:
         log.warning("the attention kernel failed, ATen's runs instead. Please report this.", exc_info=True)
-    output: ir.TensorBox = _reference(q, k, v, mask, is_causal, scale)
-    return output
+    return cast(ir.TensorBox, _reference(q, k, v, mask, is_causal, scale))
 
 
 _reference = fallback_handler(torch.ops.qfuse.attention.default, add_to_fallback_set=False)

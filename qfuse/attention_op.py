@@ -25,9 +25,11 @@ def attention_reference(
         return torch.empty_like(q)
     if k.shape[1] != q.shape[1]:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    # ATen's op reads rows as if their elements were next to each other, wherever they are
+    rows = [t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v)]
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-    out: Tensor = flash(q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale)[0]
-    return out
+    out: Tensor = flash(*rows, 0.0, is_causal, attn_mask=mask, scale=scale)[0]
+    return out if rows[0] is q else torch.empty_like(q).copy_(out)
 
 
 @torch.library.register_fake("qfuse::attention", lib=_library)
