@@ -49,7 +49,7 @@ def quantize_rows(v: Any, program: str) -> list[ir.TensorBox]:
     try:
         if v.get_device().type != "cpu":
             return quantize_rows_inductor.lower(v, RowProgram.parse(program))
-        return _kernel(v, program)
+        return _kernel(v, RowProgram.parse(program))
     except Exception:
         log.warning("the quantization kernel failed, eager runs instead. Please report this.", exc_info=True)
     outputs: list[ir.TensorBox] = _reference(v, program)
@@ -64,13 +64,12 @@ def norm_quantize_rows(
     x: Any, weight: Any | None, bias: Any | None, eps: float, is_centered: bool, dtype: torch.dtype, program: str
 ) -> list[ir.TensorBox]:
     """Lower `qfuse::norm_quantize_rows`; by the reference, if that fails."""
-    try:
-        columns = {name: _rows_in_memory(c) for name, c in (("weight", weight), ("bias", bias)) if c is not None}
-        norm = _Norm(columns, eps, is_centered, dtype)
-        assert x.get_size()[1].is_Integer, "the kernel is compiled for one length of rows"
-        return QuantizeRows(_rows_in_memory(x), RowProgram.parse(program), norm).outputs()
-    except Exception:
-        log.warning("the kernel of a norm failed, eager runs instead. Please report this.", exc_info=True)
+    if x.get_device().type == "cpu" and x.get_size()[1].is_Integer:  # the pass sees to both
+        try:
+            weight, bias = (None if c is None else _rows_in_memory(c) for c in (weight, bias))
+            return _kernel(x, RowProgram.parse(program), _Norm(weight, bias, eps, is_centered, dtype))
+        except Exception:
+            log.warning("the kernel of a norm failed, eager runs instead. Please report this.", exc_info=True)
     outputs: list[ir.TensorBox] = _norm_reference(x, weight, bias, eps, is_centered, dtype, program)
     return outputs
 
@@ -78,8 +77,8 @@ def norm_quantize_rows(
 _norm_reference = fallback_handler(torch.ops.qfuse.norm_quantize_rows.default, add_to_fallback_set=False)
 
 
-def _kernel(v: Any, program: str) -> list[ir.TensorBox]:
-    return QuantizeRows(_rows_in_memory(v), RowProgram.parse(program)).outputs()
+def _kernel(x: Any, program: RowProgram, norm: _Norm | None = None) -> list[ir.TensorBox]:
+    return QuantizeRows(_rows_in_memory(x), program, norm).outputs()
 
 
 def _rows_in_memory(tensor: Any) -> Any:
@@ -97,34 +96,36 @@ def _has_contiguous_rows(v: Any) -> bool:
 
 @dataclass(frozen=True)
 class _Norm:
-    """The arguments of a norm, see `qfuse.norm_op`, without x. columns: weight and bias, those that there are."""
+    """The arguments of a norm, see `qfuse.norm_op`, without x. weight, bias: in memory, or None."""
 
-    columns: dict[str, Any]
+    weight: Any | None
+    bias: Any | None
     eps: float
     is_centered: bool
     dtype: torch.dtype
 
 
 class QuantizeRows(CppTemplate):
-    """The kernel of one program on the rows of v, [M, K], or on their norms, which are the first output then.
+    """The kernel of one program on the rows of x, [M, K], or on what a norm makes of them: the first output then.
 
-    v: each row contiguous.
+    x: each row contiguous.
     """
 
-    def __init__(self, v: Any, program: RowProgram, norm: _Norm | None = None) -> None:
-        m, k = v.get_size()
+    def __init__(self, x: Any, program: RowProgram, norm: _Norm | None = None) -> None:
+        m, k = x.get_size()
         self.program, self.norm = program, norm
-        self._v_dtype = norm.dtype if norm else v.get_dtype()
-        self.layouts = [ir.FixedLayout(v.get_device(), norm.dtype, [m, k])] if norm else []
+        self._row_dtype = norm.dtype if norm else x.get_dtype()
+        self.layouts = [ir.FixedLayout(x.get_device(), norm.dtype, [m, k])] if norm else []
         self.layouts += [
             ir.FixedLayout(
-                v.get_device(), program.dtype(output, self._v_dtype), [m, k] if output in program.elements else [m]
+                x.get_device(), program.dtype(output, self._row_dtype), [m, k] if output in program.elements else [m]
             )
             for output in program.outputs
         ]
-        self.operands = {"v": v} | (norm.columns if norm else {})
-        super().__init__("quantize_rows", list(self.operands.values()), self.layouts[0], parallel_num_threads())
-        _Code(program, self._v_dtype, range(len(program.outputs)))  # what fails had better fail now
+        self.operands = {"x": x, "weight": norm and norm.weight, "bias": norm and norm.bias}
+        nodes = [node for node in self.operands.values() if node is not None]
+        super().__init__("quantize_rows", nodes, self.layouts[0], parallel_num_threads())
+        _Code(program, self._row_dtype, range(len(program.outputs)))  # what fails had better fail now
 
     def outputs(self) -> list[ir.TensorBox]:
         """Return the results of a call of the kernel. There is no other choice, so nothing is benchmarked."""
@@ -139,18 +140,18 @@ class QuantizeRows(CppTemplate):
         return kernel, partial(kernel.render, self, outputs=node.outputs)
 
     def render(self, kernel: Any, outputs: list[Any], **unused: Any) -> str:  # type: ignore[override]
-        """Spell out the kernel. outputs: the buffers of the program's outputs."""
+        """Spell out the kernel. outputs: the buffers of the rows, if there is a norm, and of the program's outputs."""
         normalized, *results = outputs if self.norm else [None, *outputs]
         is_stored = normalized is not None and _is_used(normalized)
         used = {i: output for i, output in enumerate(results) if _is_used(output)}
-        code = _Code(self.program, self._v_dtype, used)
+        code = _Code(self.program, self._row_dtype, used)
         return self._template_from_string(_TEMPLATE).render(
             template=self,
             kernel=kernel,
-            inputs=dict({node.get_name(): (name, node) for name, node in self.operands.items()}.values()),
+            inputs=self.operands,
             outputs=({"normalized": normalized} if is_stored else {}) | {f"Y{i}": o for i, o in used.items()},
-            **{"weight": None, "bias": None} | self.operands,
-            row_type=DTYPE_TO_CPP[self._v_dtype],
+            **self.operands,
+            row_type=DTYPE_TO_CPP[self._row_dtype],
             norm=self.norm,
             norm_header=_NORM,
             eps=_number(self.norm.eps) if self.norm else None,

@@ -33,8 +33,8 @@ disabled_lowerings: list[str] = _names("QFUSE_DISABLED_LOWERINGS")
 # fuses into that; on GPUs it makes three kernels of few long rows. Environment variable: QFUSE_FUSE_QUANTIZATION=0.
 fuse_quantization: bool = Config(default=True, env_name_default="QFUSE_FUSE_QUANTIZATION")
 
-# Make one kernel of a LayerNorm or RMSNorm and the quantization behind it, on CPU (see `qfuse.norm`). Environment
-# variable: QFUSE_FUSE_NORMS=0.
+# Make one kernel of a LayerNorm or RMSNorm and the quantization behind it, if that is fused, on CPU (see `qfuse.norm`).
+# Environment variable: QFUSE_FUSE_NORMS=0.
 fuse_norms: bool = Config(default=True, env_name_default="QFUSE_FUSE_NORMS")
 
 # Make one kernel of linears that share an activation, like query, key and value, on CPU (see `qfuse.grouping`).
@@ -45,7 +45,7 @@ group_linears: bool = Config(default=True, env_name_default="QFUSE_GROUP_LINEARS
 # `qfuse.attention`). Environment variable: QFUSE_FUSE_ATTENTION=0.
 fuse_attention: bool = Config(default=True, env_name_default="QFUSE_FUSE_ATTENTION")
 
-# Run each fusion beside the graph that it replaces, on example values, and reject it if it is worse: see
+# Run each fusion of a linear beside the graph that it replaces, on example values, and reject it if it is worse: see
 # `qfuse.verification`. Slow: every fused op is compiled once more by itself. Environment variable: QFUSE_VERIFY=1.
 verify: bool = Config(default=False, env_name_default="QFUSE_VERIFY")
 

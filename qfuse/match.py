@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -71,6 +72,13 @@ def _next(form: QLinear, family: Family, constants: Constants) -> QLinear | Decl
         return following
     hint = following.hint or hints.for_step(form, user, constants)
     return replace(following, step=type(step).__name__, hint=hint)
+
+
+def erase_assertions(nodes: Iterable[Node]) -> None:
+    """Erase what asserts the dtypes of `nodes`, and would keep them alive (`torch.export` puts it there)."""
+    for node in nodes:
+        for assertion in assertions(node):
+            node.graph.erase_node(assertion)
 
 
 def assertions(node: Node) -> list[Node]:

@@ -1,8 +1,9 @@
 """The third pass: a LayerNorm or RMSNorm in front of a quantization becomes one kernel with it, on CPU.
 
-Each of them passes by a row several times, which costs what reading the row costs. A norm is read upwards from its
-result v, the input of `qfuse::quantize_rows`: (x − mean) · (variance + eps)^-½ · weight + bias. Conversions between
-floats are looked through on the way, for the kernel computes in float32, and rounds once, to v's dtype.
+Apart, norm and quantization read each row several times. A norm is read upwards from its result v, the input of
+`qfuse::quantize_rows`: (x − mean) · (variance + eps)^-½ · weight + bias. Conversions between floats are looked through
+on the way, for the kernel computes in float32, and rounds once, to v's dtype: what the graph rounds in between is not
+rounded, and what overflows there in float16 does not.
 """
 
 from __future__ import annotations
@@ -19,14 +20,24 @@ from torch.fx.node import Target
 
 from qfuse import norm_op  # noqa: F401  registers the op
 from qfuse.inductor import copy_origin, fake_value
-from qfuse.match import assertions
-from qfuse.normal_form import FLOATS, Dim, equal, is_tensor, reshaped_input, same_shape, same_sizes, unexpanded
+from qfuse.match import assertions, erase_assertions
+from qfuse.normal_form import (
+    FLOATS,
+    columns,
+    equal,
+    is_of_rows,
+    is_tensor,
+    reshaped_input,
+    same_shape,
+    unexpanded,
+    widened_input,
+)
 from qfuse.rewrite import Emitter
 
 aten, prims, ops = torch.ops.aten, torch.ops.prims, torch.ops.qfuse
 log = logging.getLogger(__name__)
 
-#: The kernel keeps a row in the stack of its thread.
+#: The kernel keeps rows in the stack of its thread, see `normalize` in `lowerings/cpp/row_norm.h`.
 _LONGEST_ROW = 1 << 16
 
 
@@ -46,8 +57,8 @@ class Norm:
     @staticmethod
     def of(v: Node) -> Norm | None:
         """Read `v` as a norm, or return None."""
-        for scaled, bias in _without_columns(v, aten.add.Tensor):
-            for normalized, weight in _without_columns(scaled, aten.mul.Tensor):
+        for scaled, bias in _without_vector(v, aten.add.Tensor):
+            for normalized, weight in _without_vector(scaled, aten.mul.Tensor):
                 if (norm := _normalized(normalized)) is not None:
                     return replace(norm, weight=weight, bias=bias)
         return None
@@ -85,11 +96,12 @@ def _merge(quantize: Node) -> str | None:
         return f"it is one of {fake_value(norm.x).dtype}"
     if fake_value(v).device.type != "cpu":
         return "on GPUs Inductor merges them"
-    if not isinstance(k := _columns(v), int) or not 0 < k <= _LONGEST_ROW:
+    if not isinstance(k := columns(v), int) or not 0 < k <= _LONGEST_ROW:
         return f"a row has {k} elements"
-    if len([d for d in fake_value(v).shape if not isinstance(d, int)]) > 1:
-        return "more than one size is symbolic"
-    if (user := _outside_user(v, norm)) is not None:
+    if len([d for d in fake_value(v).shape if not isinstance(d, int)]) > 1 and not same_shape(norm.x, v):
+        return "more than one size is symbolic, and x has another shape"
+    computed = _computed(v, norm)
+    if (user := _other_user(computed)) is not None:
         return f"{user} uses what the norm computes on the way"
     emit = Emitter(v.graph, v)
     try:
@@ -98,41 +110,56 @@ def _merge(quantize: Node) -> str | None:
         dtype = fake_value(v).dtype
         results = emit.call(ops.norm_quantize_rows.default, x, weight, bias, norm.eps, norm.is_centered, dtype, program)
         normalized = emit.call(operator.getitem, results, 0)
-        new = {v: emit.reshape(normalized, [d if isinstance(d, int) else -1 for d in fake_value(v).shape])}
+        new = {v: emit.reshape(normalized, _sizes(v, norm.x, emit))}
         for item in quantize.users:
-            (_, position) = item.args
-            new[item] = emit.call(operator.getitem, results, 1 + position)  # type: ignore[operator]
+            match item.args:
+                case _, int() as position:
+                    new[item] = emit.call(operator.getitem, results, 1 + position)
         if not all(same_shape(*pair) for pair in new.items()):
             raise RuntimeError(f"{fake_value(new[v])} cannot replace {fake_value(v)}")
     except Exception:
         emit.take_back()
         raise
     copy_origin(v, emit.nodes)
-    for assertion in assertions(v):
-        v.graph.erase_node(assertion)
+    erase_assertions(computed)
     for old, replacement in new.items():
         old.replace_all_uses_with(replacement)
     return None
 
 
-def _outside_user(v: Node, norm: Norm) -> Node | None:
-    """Return a node that uses something between x and v, which then would be computed twice."""
-    between, waiting = {v}, [v]
+def _sizes(v: Node, x: Node, emit: Emitter) -> list[Any]:
+    """Return the sizes of `v` as operands of a reshape: symbolic ones are x's, or the one that is left."""
+    shape = fake_value(v).shape
+    if same_shape(x, v):
+        return [d if isinstance(d, int) else emit.call(aten.sym_size.int, x, i) for i, d in enumerate(shape)]
+    return [d if isinstance(d, int) else -1 for d in shape]
+
+
+def _computed(v: Node, norm: Norm) -> list[Node]:
+    """Return v and what it is computed from, but for x, which may be converted, and the columns."""
+    found, waiting = {v: None}, [v]
     while waiting:
         for operand in waiting.pop().all_input_nodes:
-            if operand not in (norm.x, norm.weight, norm.bias) and operand not in between:
-                between.add(operand)
+            if operand not in (norm.weight, norm.bias) and _unconverted(operand) is not norm.x and operand not in found:
+                found[operand] = None
                 waiting.append(operand)
-    computed = [node for node in between if node is not v and _unconverted(node) is not norm.x]
-    users = {user for node in computed for user in node.users if user not in assertions(node)}
-    return next(iter(users - between), None)
+    return list(found)
+
+
+def _other_user(computed: list[Node]) -> Node | None:
+    """Return a node that uses one of `computed`, but the first, and thus would have it computed twice."""
+    for node in computed[1:]:
+        for user in node.users:
+            if user not in computed and user not in assertions(node):
+                return user
+    return None
 
 
 def _normalized(node: Node) -> Norm | None:
-    """Read (x − mean) · (variance + eps)^-½, with or without a mean."""
-    for deviation, root in _operands(node, aten.mul.Tensor):
-        if is_tensor(deviation) and is_tensor(root) and _is_of_rows(root, deviation):
-            for variance, eps in _operands(_inverse_root_of(root), aten.add.Tensor, aten.add.Scalar):
+    """Read (x − mean) · (variance + eps)^-½, or x · (mean of squares + eps)^-½."""
+    for deviation, root in _in_both_orders(node, aten.mul.Tensor):
+        if is_tensor(deviation) and is_tensor(root) and is_of_rows(root, deviation):
+            for variance, eps in _in_both_orders(_inverse_root_of(root), aten.add.Tensor, aten.add.Scalar):
                 if is_tensor(variance) and isinstance(eps, int | float):
                     if (x := _centered(deviation, variance)) is not None:
                         return Norm(x, float(eps), is_centered=True)
@@ -152,7 +179,7 @@ def _centered(deviation: Node, variance: Node) -> Node | None:
     if deviation.target is not aten.sub.Tensor or deviation.kwargs:
         return None
     x, mean = deviation.args
-    if not is_tensor(x) or not is_tensor(mean) or not _is_of_rows(mean, x):
+    if not is_tensor(x) or not is_tensor(mean) or not is_of_rows(mean, x):
         return None
     x = _unconverted(x)
     return x if _moment_of(variance, 0) is x and _moment_of(mean, 1) is x else None
@@ -193,66 +220,50 @@ def _reduced(node: Node, target: Target, *options: object, **named: object) -> N
     return None
 
 
-def _is_of_rows(values: Node, node: Node) -> bool:
-    """Tell whether `values` has one value for each row of `node`, and is broadcast over it."""
-    return same_sizes(fake_value(values).shape, (*fake_value(node).shape[:-1], 1))
-
-
-def _operands(node: Node | None, *targets: Target) -> Iterator[tuple[Any, Any]]:
+def _in_both_orders(node: Node | None, *targets: Target) -> Iterator[tuple[Any, Any]]:
     """Return the operands of a commutative operator in both orders; nothing if it is none of `targets`."""
     node = node and _looked_through(node)
     if node is not None and node.target in targets and not node.kwargs and fake_value(node).dtype in FLOATS:
-        a, b = node.args
-        yield a, b
-        yield b, a
+        match node.args:
+            case a, b:
+                yield a, b
+                yield b, a
 
 
-def _without_columns(node: Node, target: Target) -> Iterator[tuple[Node, Node | None]]:
+def _without_vector(node: Node, target: Target) -> Iterator[tuple[Node, Node | None]]:
     """Return what columns are added to, or multiplied by, and the columns; and `node` itself, without any."""
     yield node, None
-    for inner, columns in _operands(node, target):
-        if is_tensor(inner) and is_tensor(columns := unexpanded(columns)) and _is_of_columns(columns, inner):
-            yield inner, columns
+    for inner, vector in _in_both_orders(node, target):
+        if is_tensor(inner) and is_tensor(vector := unexpanded(vector)) and _is_of_columns(vector, inner):
+            yield inner, vector
 
 
 def _is_of_columns(values: Node, node: Node) -> bool:
     """Tell whether `values` has one float for each column of `node`, and is broadcast over it."""
     *leading, last = fake_value(values).shape or (0,)
-    is_vector = equal(last, _columns(node)) and all(equal(d, 1) for d in leading)
+    is_vector = equal(last, columns(node)) and all(equal(d, 1) for d in leading)
     return is_vector and fake_value(values).dtype in FLOATS
-
-
-def _columns(node: Node) -> Dim:
-    shape = fake_value(node).shape
-    return shape[-1] if shape else 0
 
 
 def _unreshaped(node: Node) -> Node:
     """Look through reshapes that keep the last dimension."""
-    while (inner := reshaped_input(node)) is not None and equal(_columns(inner), _columns(node)):
+    while (inner := reshaped_input(node)) is not None and equal(columns(inner), columns(node)):
+        node = inner
+    return node
+
+
+def _unconverted(node: Node) -> Node:
+    """Look through reshapes that keep the last dimension, and conversions that lose nothing."""
+    while (inner := widened_input(node := _unreshaped(node))) is not None:
         node = inner
     return node
 
 
 def _looked_through(node: Node) -> Node:
     """Look through reshapes that keep the last dimension, and conversions between floats."""
-    while (inner := _converted_input(node := _unreshaped(node))) is not None:
+    while (node := _unreshaped(node)).target is prims.convert_element_type.default:
+        (inner,) = node.all_input_nodes
+        if not all(fake_value(n).dtype in FLOATS for n in (inner, node)):
+            break
         node = inner
     return node
-
-
-def _unconverted(node: Node) -> Node:
-    """Look through reshapes that keep the last dimension, and conversions from floats that are no wider."""
-    while (inner := _converted_input(node := _unreshaped(node))) is not None and (
-        fake_value(inner).itemsize <= fake_value(node).itemsize
-    ):
-        node = inner
-    return node
-
-
-def _converted_input(node: Node) -> Node | None:
-    """Return what `node` is a conversion of, from one float that the kernel takes to another."""
-    if node.target is not prims.convert_element_type.default:
-        return None
-    (inner,) = node.all_input_nodes
-    return inner if all(fake_value(n).dtype in FLOATS for n in (inner, node)) else None

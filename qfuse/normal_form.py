@@ -179,6 +179,17 @@ def equal(a: Dim, b: Dim) -> bool:
     return statically_known_true(a == b)
 
 
+def columns(node: Node) -> Dim:
+    """Return the last size of `node`; 0, if it has no dimensions."""
+    shape = fake_value(node).shape
+    return shape[-1] if shape else 0
+
+
+def is_of_rows(values: Node, node: Node) -> bool:
+    """Tell whether `values` has one value for each row of `node`, and is broadcast over it."""
+    return same_sizes(fake_value(values).shape, (*fake_value(node).shape[:-1], 1))
+
+
 def is_tensor(operand: object) -> TypeGuard[Node]:
     """Tell whether `operand` is a tensor of the graph, and no number, which may be a node as well: a symbolic one."""
     return isinstance(operand, Node) and isinstance(fake_value(operand), torch.Tensor)
@@ -290,6 +301,15 @@ def reshaped_input(node: Node) -> Node | None:
     shape = fake_value(inner).shape
     moved = [d for d in order if not equal(shape[d], 1)]
     return inner if moved == sorted(moved) else None
+
+
+def widened_input(node: Node) -> Node | None:
+    """Return what `node` is a conversion of, from a float to one that holds all of its values, or None."""
+    if node.target is not prims.convert_element_type.default:
+        return None
+    (inner,) = node.all_input_nodes
+    of, to = fake_value(inner).dtype, fake_value(node).dtype
+    return inner if {of, to} <= {*FLOATS} and torch.promote_types(of, to) is to else None
 
 
 def permutation(node: Node) -> list[int] | None:

@@ -22,8 +22,8 @@ from torch.fx.node import Target
 
 from qfuse.graph_text import operator as name_of
 from qfuse.inductor import copy_origin, fake_value
-from qfuse.match import assertions
-from qfuse.normal_form import Dim, equal, reshaped_input, same_shape, same_sizes
+from qfuse.match import assertions, erase_assertions
+from qfuse.normal_form import Dim, columns, equal, is_of_rows, reshaped_input, same_shape, widened_input
 from qfuse.quantize_op import quantize_rows_reference  # noqa: F401  registers the op
 from qfuse.reasons import Decline
 from qfuse.rewrite import Emitter
@@ -119,19 +119,11 @@ def _source(quantized: Node, order: dict[Node, int]) -> Node | Decline:
 
 def _narrowest(node: Node) -> Node:
     """Look through reshapes, and conversions from a narrower float: that is cheaper to read."""
-    while True:
-        inner = reshaped_input(node)
-        if inner is None and node.target is prims.convert_element_type.default:
-            (inner,) = node.all_input_nodes
-            if fake_value(inner).dtype not in _FLOATS or fake_value(inner).itemsize > fake_value(node).itemsize:
-                return node
-        if inner is None or fake_value(inner).dim() < 2 or not equal(_columns(inner), _columns(node)):
-            return node
+    while (inner := reshaped_input(node) or widened_input(node)) is not None:
+        if fake_value(inner).dim() < 2 or not equal(columns(inner), columns(node)):
+            break
         node = inner
-
-
-def _columns(node: Node) -> Dim:
-    return fake_value(node).shape[-1]
+    return node
 
 
 def _is_readable(node: Node) -> bool:
@@ -220,7 +212,7 @@ def _replace(reader: _Reader, outputs: list[Node], before: Node) -> Decline | No
     program = reader.program(outputs)
     emit = Emitter(before.graph, before)
     try:
-        v = emit.reshape(reader.source, [-1, _columns(reader.source)])
+        v = emit.reshape(reader.source, [-1, columns(reader.source)])
         results = emit.call(ops.quantize_rows.default, v, str(program))
         items = [emit.call(operator.getitem, results, i) for i in range(len(program.outputs))]
         replacements = {}
@@ -233,19 +225,11 @@ def _replace(reader: _Reader, outputs: list[Node], before: Node) -> Decline | No
         emit.take_back()
         raise
     copy_origin(outputs[0], emit.nodes)
-    _erase_assertions(reader)
+    erase_assertions(node for node in reader.values if node is not reader.source)
     for node, replacement in replacements.items():
         node.replace_all_uses_with(replacement)
     log.debug("quantize %s by %s", reader.source, program)
     return None
-
-
-def _erase_assertions(reader: _Reader) -> None:
-    """Erase what asserts the dtypes of intermediates, and would keep them alive (`torch.export` puts it there)."""
-    for node in reader.values:
-        if node is not reader.source:
-            for assertion in assertions(node):
-                node.graph.erase_node(assertion)
 
 
 def _symbolic(node: Node) -> list[Dim]:
@@ -393,13 +377,13 @@ class _Reader:
 
     def _has_elements_last(self, node: Node) -> bool:
         shape = fake_value(node).shape
-        return len(shape) > 1 and equal(shape[-1], _columns(self.source))
+        return len(shape) > 1 and equal(shape[-1], columns(self.source))
 
     def _is_aligned(self, operand: Node, node: Node, element: bool) -> bool:
         """Tell whether each value of `operand` meets the values of its own row in `node`."""
         if self.is_element(operand) or not element:
             return same_shape(operand, node)
-        return same_sizes(fake_value(operand).shape, (*fake_value(node).shape[:-1], 1))
+        return is_of_rows(operand, node)
 
 
 def _promotes(name: str, nodes: Sequence[Node], dtype: torch.dtype) -> bool:

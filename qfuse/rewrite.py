@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.fx.node import Target, map_arg
 
 from qfuse.constants import Constants
 from qfuse.inductor import copy_origin, fake_value
-from qfuse.match import assertions
+from qfuse.match import assertions, erase_assertions
 from qfuse.normal_form import (
     Axis,
     ColumnSums,
@@ -89,18 +89,17 @@ def replace_by_int8_linear(
         emit.take_back()
         raise
     copy_origin(form.anchor, emit.nodes)
-    _erase_assertions(form)
+    erase_assertions(_intermediates(form))
     form.value.replace_all_uses_with(result)
     return None
 
 
-def _erase_assertions(form: QLinear) -> None:
-    """Erase what asserts the dtypes of intermediates, which are computed no longer (`torch.export` puts it there)."""
+def _intermediates(form: QLinear) -> Iterator[Node]:
+    """Return what is computed no longer."""
     node = form.anchor
     while node is not form.value:
-        for assertion in assertions(node):
-            node.graph.erase_node(assertion)
-        (node,) = node.users
+        yield node
+        (node,) = (user for user in node.users if user not in assertions(node))
 
 
 class _Rewriter:

@@ -211,7 +211,7 @@ add:uint8 %11 128
         const int64_t end = std::min(M, begin + R);
         Row carried[MOST];
         for (int64_t m = begin; m < end; m++) {
-            const T* row = &(v[static_cast<int64_t>(67L*m)]);
+            const T* row = &(x[static_cast<int64_t>(67L*m)]);
             const auto e1 = q::extremes<true>(row, K);
             const float x2 = e1.amax();
             const float x3 = q::div(x2, static_cast<float>(127));
@@ -219,7 +219,7 @@ add:uint8 %11 128
             carried[m - begin] = {x3};
         }
         for (int64_t m = begin; m < end; m++) {
-            const T* row = &(v[static_cast<int64_t>(67L*m)]);
+            const T* row = &(x[static_cast<int64_t>(67L*m)]);
             const float x3 = carried[m - begin].x3;
             q::for_lanes(K, [&](int64_t k, auto lanes) {
                 const q::F x0 = q::load(row + k, lanes);
@@ -353,7 +353,7 @@ def test_without_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """A program, as it is lowered on GPUs, is what Inductor makes of its operators; here it makes C++ of both."""
     monkeypatch.setattr(
-        quantize_rows, "_kernel", lambda v, text: quantize_rows_inductor.lower(v, RowProgram.parse(text))
+        quantize_rows, "_kernel", lambda v, program, norm=None: quantize_rows_inductor.lower(v, program)
     )
     model = Kernels(_programs_of(torch.bfloat16)[::4])
     operators = [RowProgram.parse(program) for program in model.programs]

@@ -1,4 +1,5 @@
-// LayerNorm and RMSNorm of rows, computed in float32: the variance after the mean, because that is exact. `F`, `for_lanes`, `load` and `first` are those of quantize_rows.cpp.jinja.
+// LayerNorm and RMSNorm of rows, computed in float32; the variance after the mean, so that nothing cancels out. `F`,
+// `for_lanes`, `load` and `first` are those of quantize_rows.cpp.jinja.
 #ifndef QFUSE_ROW_NORM
 #define QFUSE_ROW_NORM
 
@@ -11,10 +12,10 @@ static inline F fused_multiply_add(F a, F b, F c) {
 }
 
 // Elements of p in the order of those of a row: lane by lane with them.
-template <typename Row, typename T, typename Lanes> static inline F load_like(const Row*, const T* p, Lanes lanes) {
+template <typename V, typename T, typename Lanes> static inline F load_like(const V*, const T* p, Lanes lanes) {
     const F a = load(p, lanes);
     constexpr bool is_interleaved = std::is_same_v<T, at::BFloat16>;
-    if constexpr (is_interleaved == std::is_same_v<Row, at::BFloat16>) {
+    if constexpr (is_interleaved == std::is_same_v<V, at::BFloat16>) {
         return a;
     } else if constexpr (is_interleaved) {
         const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -54,19 +55,19 @@ static inline void store(float* p, F a, int n) {
 #else
 static inline float sum(F a) { float r = 0; for (float lane : a.v) r += lane; return r; }
 static inline F fused_multiply_add(F a, F b, F c) { return add(mul(a, b), c); }
-template <typename Row, typename T, typename Lanes> static inline F load_like(const Row*, const T* p, Lanes lanes) { return load(p, lanes); }
+template <typename V, typename T, typename Lanes> static inline F load_like(const V*, const T* p, Lanes lanes) { return load(p, lanes); }
 template <typename T> static inline void store(T* p, F a, int n) { for (int i = 0; i < n; i++) p[i] = static_cast<T>(a.v[i]); }
 #endif
 
 // (x − mean(x)) / √(mean((x − mean(x))²) + eps) · weight + bias for each of `count` rows, without the mean if not
 // centered. x: its rows are `stride` elements apart. weight, bias: K numbers, or nullptr. result: contiguous rows.
 // Each step is done for all rows before the next one, because a reduction ends in a chain of latencies.
-template <bool centered, int64_t K, int64_t most, typename X, typename W, typename B, typename Row>
+template <bool centered, int64_t K, int64_t R, typename X, typename W, typename B, typename V>
 static inline void normalize(
-    const X* x, int64_t stride, W weight, B bias, float eps, Row* result, int64_t count) {
+    const X* x, int64_t stride, W weight, B bias, float eps, V* result, int64_t count) {
     constexpr int64_t lanes_of_row = (K + LANES - 1) / LANES * LANES;
-    alignas(64) float kept[most][lanes_of_row];  // x, and then its deviation from the mean
-    float mean[most], variance[most];
+    alignas(64) float kept[R][lanes_of_row];  // x, and then its deviation from the mean
+    float mean[R], variance[R];
     for (int64_t m = 0; m < count; m++) {
         F total(0.f);
         for_lanes(K, [&](int64_t k, auto lanes) {
