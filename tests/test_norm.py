@@ -466,6 +466,13 @@ def test_strides() -> None:
         assert all(map(torch.equal, got[1:], ops.quantize_rows(got[0], program)))
 
 
+def test_large_mean() -> None:
+    """The mean's rounding is taken out again, so that a small variance beside it is right."""
+    model, x = Kernel(384, None, None, torch.float32), torch.randn(9, 384) / 100 + 1e4
+    _, (v, *_) = _code_and_result(model, x)
+    assert _error(v, _exact(x.double(), None, None, True)) < 1e-5
+
+
 def test_rows_that_are_not_numbers() -> None:
     """NaN and infinity stay in their row; a constant row has no variance, and gets the bias."""
     model = Kernel(67, torch.float32, torch.float32, torch.float32)

@@ -1,5 +1,6 @@
-// LayerNorm and RMSNorm of rows, computed in float32; the variance after the mean, so that nothing cancels out. `F`,
-// `for_lanes`, `load` and `first` are those of quantize_rows.cpp.jinja.
+// LayerNorm and RMSNorm of rows, computed in float32; the variance after the mean, so that nothing cancels out, with
+// what rounding left of the mean taken out of both (Chan, Golub & LeVeque 1983). `F`, `for_lanes`, `load` and `first`
+// are those of quantize_rows.cpp.jinja.
 #ifndef QFUSE_ROW_NORM
 #define QFUSE_ROW_NORM
 
@@ -79,19 +80,23 @@ static inline void normalize(
     }
     if constexpr (centered) {
         for (int64_t m = 0; m < count; m++) {
-            F total(0.f);
+            F rest(0.f), squares(0.f);
             for_lanes(K, [&](int64_t k, auto lanes) {
                 const F a = first(result, sub(load(kept[m] + k, Full()), F(mean[m])), F(0.f), lanes);
-                total = fused_multiply_add(a, a, total);
+                rest = add(rest, a);
+                squares = fused_multiply_add(a, a, squares);
                 store(kept[m] + k, a, Full());
             });
-            variance[m] = sum(total) / K;
+            mean[m] = sum(rest) / K;  // of what is kept: not 0, where the mean is large and was rounded
+            const float square = sum(squares) / K;
+            variance[m] = std::isfinite(square) ? std::max(0.f, square - mean[m] * mean[m]) : square;
         }
     }
     for (int64_t m = 0; m < count; m++) {
-        const F scale(1.f / std::sqrt(variance[m] + eps));
+        const float inverse = 1.f / std::sqrt(variance[m] + eps);
+        const F scale(inverse), shift(centered ? -mean[m] * inverse : 0.f);
         for_lanes(K, [&](int64_t k, auto lanes) {
-            F a = mul(load(kept[m] + k, Full()), scale);
+            F a = fused_multiply_add(load(kept[m] + k, Full()), scale, shift);
             if constexpr (!std::is_null_pointer_v<W>) a = mul(a, load_like(result, weight + k, lanes));
             if constexpr (!std::is_null_pointer_v<B>) a = add(a, load_like(result, bias + k, lanes));
             store(result + m * K + k, a, lanes);
