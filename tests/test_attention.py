@@ -348,6 +348,14 @@ class TestKernel:
         assert result[:, :, 3].eq(0).all()
         check(result, q, k, v, mask, False, None)
 
+    def test_mask_of_zeros(self) -> None:
+        """As models write it where nothing is padded: it is left out, if it is zero for all keys of a block of rows."""
+        q, k, v = heads(2, 2, 40, 32), heads(2, 2, 300, 32), heads(2, 2, 300, 32)
+        mask = torch.zeros(2, 1, 40, 300)
+        assert torch.equal(run(q, k, v, mask), run(q, k, v))
+        mask[0, 0, 39, 299], mask[1, 0, 0, 3] = 5.0, -torch.inf
+        check(run(q, k, v, mask), q, k, v, mask, False, None)
+
     @pytest.mark.parametrize("least", [torch.finfo(torch.float32).min, torch.finfo(torch.bfloat16).min, -1e10, -1e30])
     def test_rows_masked_by_the_least_number(self, least: float) -> None:
         """As models write masks: all keys weigh the same then."""

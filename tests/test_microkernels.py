@@ -39,6 +39,7 @@ extern "C" void run(const uint8_t* x, int64_t stride, const float* x_scale, int6
     panel.data = weight;
     panel.rows = rows;
     panel.tiles = 0;
+    panel.is_compensated = zero_point != 0;
     for (int j = 0; j < 64; ++j) {{
         panel.column_sums[j] = sums[j];
         panel.compensation[j] = zero_point * sums[j];

@@ -473,6 +473,21 @@ def test_large_mean() -> None:
     assert _error(v, _exact(x.double(), None, None, True)) < 1e-5
 
 
+@pytest.mark.parametrize("k", [384, 4096])
+def test_one_large_number(k: int) -> None:
+    """What is added to it is not lost: sums are of parts of a row."""
+    x = torch.randn(16, k)
+    x[:, 7] = 1e6 * (1 + torch.rand(16))
+    _assert_no_worse(Normed(plain, k, is_used=True), x)
+
+
+def test_sum_that_overflows() -> None:
+    """The mean does not: rows without variance are the bias."""
+    model, x = Kernel(2048, None, torch.float32, torch.float32), torch.full((3, 2048), 3e38)
+    _, (v, *_) = _code_and_result(model, x)
+    torch.testing.assert_close(v, model.bias.expand_as(v))
+
+
 def test_rows_that_are_not_numbers() -> None:
     """NaN and infinity stay in their row; a constant row has no variance, and gets the bias."""
     model = Kernel(67, torch.float32, torch.float32, torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import zipfile
 from collections.abc import Callable, Iterator
@@ -395,6 +396,65 @@ def test_dynamic_batch() -> None:
 
 
 # ---- in a model
+
+
+class Writing(nn.Module):
+    """A block that writes to its input, or to a buffer, after that has been quantized."""
+
+    def __init__(self, write: Callable[..., Tensor], norm: nn.Module) -> None:
+        super().__init__()
+        self.write, self.norm, self.linear = write, norm, nn.Linear(64, 64)
+        self.register_buffer("state", torch.ones(8, 64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.write(self, x)
+
+
+def residual_in_place(block: Writing, x: Tensor) -> Tensor:
+    x += block.linear(block.norm(x))
+    return x
+
+
+def input_in_place(block: Writing, x: Tensor) -> Tensor:
+    y = block.linear(block.norm(x))
+    x.add_(1)
+    return y
+
+
+def part_in_place(block: Writing, x: Tensor) -> Tensor:
+    y = block.linear(block.norm(x[2:]))
+    x[2:].add_(1)
+    return y
+
+
+def buffer_in_place(block: Writing, x: Tensor) -> Tensor:
+    y = block.linear(block.norm(block.state))
+    block.state.copy_(x)
+    return y
+
+
+def intermediate_in_place(block: Writing, x: Tensor) -> Tensor:
+    x = x * 2
+    y = block.linear(block.norm(x))
+    x[torch.tensor([1, 3])] = 5.0
+    return y + x
+
+
+@pytest.mark.parametrize("norm", [nn.Identity, nn.LayerNorm])
+@pytest.mark.parametrize(
+    "write",
+    [residual_in_place, input_in_place, part_in_place, buffer_in_place, intermediate_in_place],
+    ids=lambda f: f.__name__,
+)
+def test_written_to_later(write: Callable[..., Tensor], norm: type[nn.Module]) -> None:
+    """The kernel reads what was there before; Inductor counts the writer as one that uses its outputs."""
+    block, x = Writing(write, norm(64)), torch.randn(8, 64)
+    quantize_(block, Int8DynamicActivationInt8WeightConfig())
+    other, y = copy.deepcopy(block), x.clone()
+    result, kernels = _compile(block, x)
+    assert kernels == 1
+    for got, want in zip((result, x, block.state), (other(y), y, other.state), strict=True):
+        torch.testing.assert_close(got, want, atol=0.01, rtol=0)
 
 
 class Attention(nn.Module):

@@ -86,8 +86,17 @@ class Amx {
         configured_ = rows;
     }
 
-    // Scale the sums of COLUMNS columns, from `column` on.
+    // Scale the sums of COLUMNS columns, from `column` on. Signed rows are not compensated, unless they have a zero point.
     template <int COLUMNS>
+    QFUSE_TARGET_AMX __attribute__((always_inline)) static inline void store(
+        const Rows& x, const Panel& w, int64_t column, const int32_t (*sums)[COLUMNS], float* out) {
+        if (w.is_compensated)
+            store<true>(x, w, column, sums, out);
+        else
+            store<false>(x, w, column, sums, out);
+    }
+
+    template <bool IS_COMPENSATED, int COLUMNS>
     QFUSE_TARGET_AMX __attribute__((always_inline)) static inline void store(
         const Rows& x, const Panel& w, int64_t column, const int32_t (*sums)[COLUMNS], float* out) {
         for (int64_t i = 0; i < x.count; ++i) {
@@ -96,7 +105,7 @@ class Amx {
             for (int64_t j = 0; j < COLUMNS; j += 16)
                 _mm512_storeu_ps(
                     out + i * panel_columns + column + j,
-                    dequantized(_mm512_load_si512(sums[i] + j), w, column + j, x_scale));
+                    dequantized<IS_COMPENSATED>(_mm512_load_si512(sums[i] + j), w, column + j, x_scale));
         }
     }
 

@@ -144,6 +144,8 @@ class AttentionThread {
         }
         if (end > window)
             kernel_.load(q, count);
+        constexpr float log2_e = 1.44269504f;
+        const bool is_plain = are_plain(row, count);
         float* sums = sums_.data() + in_item * Kernel::padded_head;
         for (int64_t key = window; key < end; key += Kernel::keys) {
             const int64_t keys = std::min(Kernel::keys, end - key);
@@ -151,25 +153,38 @@ class AttentionThread {
             int64_t seen[rows];
             for (int64_t i = 0; i < count; ++i)
                 seen[i] = is_causal ? std::clamp<int64_t>(limits[i] - key, 0, keys) : keys;
-            const float factor = scaled(scores, row, seen, count, key);
-            kernel_.weigh(seen, keys, factor, key == 0, known_.data()[in_item / rows], sums);
+            if (!is_plain)
+                scale(scores, row, seen, count, key);
+            kernel_.weigh(seen, keys, is_plain ? a_.scale * log2_e : log2_e, key == 0, known_.data()[in_item / rows], sums);
             kernel_.add(key - window, keys, key == 0, sums);
         }
     }
 
-    // Scale scores, unless the largest ones are so as well when they are scaled; return what is left to scale by.
-    float scaled(float* scores, int64_t row, const int64_t* seen, int64_t count, int64_t key) const {
-        constexpr float log2_e = 1.44269504f;
-        if (a_.mask == nullptr && a_.scale > 0)
-            return a_.scale * log2_e;
+    // Tell whether scores need not be scaled, because the largest ones are so as well when they are, and a mask, if there
+    // is one, adds nothing to these rows: where no key is padding, it is all zeros. The same for all keys of a row, whose
+    // largest scores are compared.
+    bool are_plain(int64_t row, int64_t count) const {
+        if (!(a_.scale > 0))
+            return false;
+        if (a_.mask == nullptr)
+            return true;
+        Position position(*this, row);
+        for (int64_t i = 0; i < count; ++i, position.next())
+            if (!adds_nothing(mask_of(position), a_.mask_key, a_.keys))
+                return false;
+        return true;
+    }
+
+    void scale(float* scores, int64_t row, const int64_t* seen, int64_t count, int64_t key) const {
         Position position(*this, row);
         for (int64_t i = 0; i < count; ++i, position.next()) {
-            const M* mask = a_.mask;
-            if (mask != nullptr)
-                mask += batch_ * a_.mask_batch + position.head * a_.mask_head + position.query * a_.mask_row + key * a_.mask_key;
+            const M* mask = a_.mask == nullptr ? nullptr : mask_of(position) + key * a_.mask_key;
             scale_scores(scores + i * Kernel::score_stride, a_.scale, mask, a_.mask_key, seen[i]);
         }
-        return log2_e;
+    }
+
+    const M* mask_of(const Position& position) const {
+        return a_.mask + batch_ * a_.mask_batch + position.head * a_.mask_head + position.query * a_.mask_row;
     }
 };
 

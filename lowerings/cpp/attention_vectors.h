@@ -96,6 +96,20 @@ QFUSE_TARGET_AVX512 __attribute__((noinline)) static void scale_scores(
     }
 }
 
+// Tell whether a mask adds nothing to scores: all of it is zero. stride: as above, of the mask's keys.
+template <typename M>
+QFUSE_TARGET_AVX512 static bool adds_nothing(const M* mask, int64_t stride, int64_t count) {
+    const auto* const bytes = reinterpret_cast<const char*>(mask);
+    const int64_t size = (stride == 0 ? std::min<int64_t>(1, count) : count) * static_cast<int64_t>(sizeof(M));
+    __m512i bits = _mm512_setzero_si512();
+    int64_t at = 0;
+    for (; at + 64 <= size; at += 64)
+        bits = _mm512_or_si512(bits, _mm512_loadu_si512(bytes + at));
+    const __mmask64 rest = (uint64_t{1} << (size - at)) - 1;
+    bits = _mm512_or_si512(bits, _mm512_maskz_loadu_epi8(rest, bytes + at));
+    return _mm512_test_epi32_mask(bits, bits) == 0;
+}
+
 // 16 rows become 16 columns.
 QFUSE_INLINE_AVX512 void transpose(__m512i (&a)[16]) {
     __m512i b[16];

@@ -5,8 +5,9 @@
 namespace qfuse {
 
 // (acc − compensation) · x_scale · w_scale of 16 columns.
+template <bool IS_COMPENSATED>
 QFUSE_TARGET_AVX512_VNNI static inline __m512 dequantized(__m512i acc, const Panel& w, int64_t column, __m512 x_scale) {
-    const __m512i sum = _mm512_sub_epi32(acc, _mm512_load_si512(w.compensation + column));
+    const __m512i sum = IS_COMPENSATED ? _mm512_sub_epi32(acc, _mm512_load_si512(w.compensation + column)) : acc;
     return _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), x_scale), _mm512_load_ps(w.scale + column));
 }
 
@@ -101,7 +102,7 @@ class Avx512Vnni {
             const __m512 x_scale = _mm512_set1_ps(x.scale[i * x.scale_stride]);
 #pragma GCC unroll 4
             for (int j = 0; j < 4; ++j)
-                _mm512_storeu_ps(out + i * panel_columns + 16 * j, dequantized(acc[0][i][j], w, 16 * j, x_scale));
+                _mm512_storeu_ps(out + i * panel_columns + 16 * j, dequantized<true>(acc[0][i][j], w, 16 * j, x_scale));
         }
     }
 

@@ -60,6 +60,19 @@ template <typename V, typename T, typename Lanes> static inline F load_like(cons
 template <typename T> static inline void store(T* p, F a, int n) { for (int i = 0; i < n; i++) p[i] = static_cast<T>(a.v[i]); }
 #endif
 
+// Calls body(k, lanes in use, first sum, second sum) all along a row, and returns both sums. They are sums of parts: a
+// float to which thousands of numbers are added loses something each time.
+template <int64_t K, typename Body> static inline std::pair<F, F> summed(const Body& body) {
+    constexpr int64_t part = 256;
+    F first(0.f), second(0.f);
+    for (int64_t from = 0; from < K; from += part) {
+        F a(0.f), b(0.f);
+        for_lanes(std::min(part, K - from), [&](int64_t k, auto lanes) { body(from + k, lanes, a, b); });
+        first = add(first, a), second = add(second, b);
+    }
+    return {first, second};
+}
+
 // (x − mean(x)) / √(mean((x − mean(x))²) + eps) · weight + bias for each of `count` rows, without the mean if not
 // centered. x: its rows are `stride` elements apart. weight, bias: K numbers, or nullptr. result: contiguous rows.
 // Each step is done for all rows before the next one, because a reduction ends in a chain of latencies.
@@ -70,18 +83,24 @@ static inline void normalize(
     alignas(64) float kept[R][lanes_of_row];  // x, and then its deviation from the mean
     float mean[R], variance[R];
     for (int64_t m = 0; m < count; m++) {
-        F total(0.f);
-        for_lanes(K, [&](int64_t k, auto lanes) {
+        const auto [total, squares] = summed<K>([&](int64_t k, auto lanes, F& total, F& squares) {
             const F a = load_like(result, x + m * stride + k, lanes);  // lanes that are not in use are 0
-            total = centered ? add(total, a) : fused_multiply_add(a, a, total);
+            if constexpr (centered) total = add(total, a);
+            else squares = fused_multiply_add(a, a, squares);
             store(kept[m] + k, a, Full());
         });
-        (centered ? mean : variance)[m] = sum(total) / K;
+        if constexpr (centered) mean[m] = sum(total) / K;
+        else variance[m] = sum(squares) / K;
     }
     if constexpr (centered) {
         for (int64_t m = 0; m < count; m++) {
-            F rest(0.f), squares(0.f);
-            for_lanes(K, [&](int64_t k, auto lanes) {
+            if (!std::isfinite(mean[m])) {  // the sum of large numbers, maybe, whose mean is one
+                const auto shares = summed<K>([&](int64_t k, auto, F& total, F&) {
+                    total = fused_multiply_add(load(kept[m] + k, Full()), F(1.f / K), total);
+                });
+                mean[m] = sum(shares.first);
+            }
+            const auto [rest, squares] = summed<K>([&](int64_t k, auto lanes, F& rest, F& squares) {
                 const F a = first(result, sub(load(kept[m] + k, Full()), F(mean[m])), F(0.f), lanes);
                 rest = add(rest, a);
                 squares = fused_multiply_add(a, a, squares);

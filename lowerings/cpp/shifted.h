@@ -14,6 +14,7 @@ class Shifted : public Unsigned {
         for (int64_t i = 0; i < x.count; ++i)
             shift(x.data + i * x.stride, rows_.data() + i * k_);
         Panel shifted = w;
+        shifted.is_compensated = true;
         for (int64_t j = 0; j < panel_columns; ++j)
             shifted.compensation[j] = static_cast<int32_t>(
                 static_cast<uint32_t>(w.compensation[j]) + 128u * static_cast<uint32_t>(w.column_sums[j]));
