@@ -137,7 +137,7 @@ class QuantizeRows(CppTemplate):
 
     def _make_kernel_render(self, node: Any, **unused: Any) -> tuple[CppTemplateKernel, Callable[[], str]]:
         # What later writes to x is a user too, a weak one, so that it comes later. That is settled by now, and
-        # `CppScheduling.codegen_template` asserts that all users of a template with several outputs are outputs (torch 2.13).
+        # `CppScheduling.codegen_template` asserts that all users of such a template are its outputs (torch 2.13).
         buffer = V.graph.scheduler.name_to_buf[node.get_name()]
         buffer.users = [user for user in buffer.users if not user.is_weak]
         kernel = CppTemplateKernel(kernel_name=str(Placeholder.KERNEL_NAME), num_threads=self.num_threads)
