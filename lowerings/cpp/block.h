@@ -39,7 +39,7 @@ struct Panel {
     const int8_t* data;
     int64_t rows;  // that it is multiplied by, in one call or several
     int64_t tiles; // of them, until now: the caller begins with 0
-    bool is_compensated; // some of these are not zero
+    bool is_compensated; // false: all of `compensation` is zero
     alignas(64) int32_t compensation[panel_columns];
     alignas(64) float scale[panel_columns];
     alignas(64) int32_t column_sums[panel_columns];
