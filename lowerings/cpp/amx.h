@@ -22,7 +22,6 @@ class Amx {
  public:
     static constexpr int64_t row_tile = 32;
     static constexpr int64_t max_rows = 32;
-    static constexpr int64_t blocks = 2;
 
     explicit Amx(int64_t k) : k_(k), few_(k), granted_(may_use_amx()) {}
     Amx(const Amx&) = delete;
@@ -32,11 +31,10 @@ class Amx {
             _tile_release();
     }
 
-    template <typename Meanwhile>
-    QFUSE_TARGET_AMX void operator()(const Rows& x, Panel& w, float* out, const Meanwhile& meanwhile) {
+    template <typename Store>
+    QFUSE_TARGET_AMX void operator()(const Rows& x, Panel& w, int32_t* block, Part& part, const Store& store) {
         if (x.count < fewest_rows || !granted_) {
-            meanwhile(0, max_rows);
-            few_(x, w, out, [](int64_t, int64_t) {});
+            few_(x, w, block, part, store);
             return;
         }
         if (configured_ != x.count)
@@ -48,11 +46,15 @@ class Amx {
                 std::memcpy(tail[i], x.data + i * x.stride + k_ / 64 * 64, k_ % 64);
             }
         }
+        // Tiles are stored when the part before has been.
         if (x.count > 16) {
-            two_by_two(x, w, 0, tail[0], out, meanwhile);
-            two_by_two(x, w, 32, tail[0], out, meanwhile);
+            for (int64_t column = 0; column < w.columns; column += 32) {
+                two_by_two(x, w, column, tail[0], block, part, store);
+                part = {block, x.first, w.first + column, x.count, std::min<int64_t>(32, w.columns - column)};
+            }
         } else {
-            one_by_four(x, w, tail[0], out, meanwhile);
+            one_by_four(x, w, tail[0], block, part, store);
+            part = {block, x.first, w.first, x.count, w.columns};
         }
     }
 
@@ -86,50 +88,40 @@ class Amx {
         configured_ = rows;
     }
 
-    // Scale the sums of COLUMNS columns, from `column` on. Signed rows are not compensated, unless they have a zero point.
-    template <int COLUMNS>
-    QFUSE_TARGET_AMX __attribute__((always_inline)) static inline void store(
-        const Rows& x, const Panel& w, int64_t column, const int32_t (*sums)[COLUMNS], float* out) {
-        if (w.is_compensated)
-            store<true>(x, w, column, sums, out);
-        else
-            store<false>(x, w, column, sums, out);
-    }
-
-    template <bool IS_COMPENSATED, int COLUMNS>
-    QFUSE_TARGET_AMX __attribute__((always_inline)) static inline void store(
-        const Rows& x, const Panel& w, int64_t column, const int32_t (*sums)[COLUMNS], float* out) {
-        for (int64_t i = 0; i < x.count; ++i) {
-            const __m512 x_scale = _mm512_set1_ps(x.scale[i * x.scale_stride]);
-#pragma GCC unroll 4
-            for (int64_t j = 0; j < COLUMNS; j += 16)
-                _mm512_storeu_ps(
-                    out + i * panel_columns + column + j,
-                    dequantized<IS_COMPENSATED>(_mm512_load_si512(sums[i] + j), w, column + j, x_scale));
-        }
-    }
-
     // AMX multiplies by itself, but the window in which the CPU looks for something to do is shorter than a block: so
-    // between its instructions are those that store rows of the block before, some at each step.
-    template <typename Meanwhile>
+    // between its instructions are those that store rows of the part before, some at each step.
+    template <typename Store>
     class Between {
      public:
-        Between(const Meanwhile& meanwhile, int64_t row, int64_t last, int64_t steps)
-            : meanwhile_(meanwhile), row_(row), last_(last), rows_a_step_((last - row + steps - 1) / steps) {}
-        __attribute__((always_inline)) inline void step() { store(std::min(last_, row_ + rows_a_step_)); }
-        __attribute__((always_inline)) inline void rest() { store(last_); }
+        Between(const Part& part, const Store& store, int64_t steps)
+            : store_(store), rows_a_step_((max_rows + steps - 1) / steps) {
+            for (int64_t column = stored_columns; column < part.columns; column += stored_columns)
+                store(0, max_rows, column); // seldom there is more than that
+        }
+        __attribute__((always_inline)) inline void step() { store_to(std::min(max_rows, row_ + rows_a_step_)); }
+        __attribute__((always_inline)) inline void rest() { store_to(max_rows); }
 
      private:
-        const Meanwhile& meanwhile_;
-        int64_t row_, last_, rows_a_step_;
-        __attribute__((always_inline)) inline void store(int64_t to) {
-            if (row_ < to)
-                meanwhile_(row_, to);
-            row_ = to;
+        const Store& store_;
+        int64_t row_ = 0, rows_a_step_;
+        __attribute__((always_inline)) inline void store_to(int64_t row) {
+            if (row_ < row)
+                store_(row_, row, 0);
+            row_ = row;
         }
     };
 
-    // GCC 12's `_tile_loadd` does not tell that it reads memory; nothing here writes what is loaded.
+    // What the sums of 16 columns start from is the same in each row of a tile: a stride of 0. To load zeros would take longer.
+    QFUSE_TARGET_AMX __attribute__((noinline)) static void load_start(
+        const int32_t* of_0, const int32_t* of_1, const int32_t* of_2, const int32_t* of_3) {
+        __asm__ volatile("" : : : "memory"); // GCC 12's `_tile_loadd` does not tell that it reads memory
+        _tile_loadd(0, of_0, 0);
+        _tile_loadd(1, of_1, 0);
+        _tile_loadd(2, of_2, 0);
+        _tile_loadd(3, of_3, 0);
+    }
+
+    // Neither does it here, where nothing writes what is loaded.
     QFUSE_TARGET_AMX __attribute__((always_inline)) static inline void multiply_two_by_two(
         const uint8_t* a, int64_t stride, const int8_t* b) {
         _tile_loadd(4, a, stride);
@@ -142,12 +134,13 @@ class Amx {
         QFUSE_TILE_MULTIPLY(3, 5, 7);
     }
 
-    // 17 to 32 rows by 32 columns. Meanwhile half of the block before is stored, and a part of the next panel fetched.
-    template <typename Meanwhile>
+    // 17 to 32 rows by 32 columns. Meanwhile the part before is stored, and some of the next panel fetched.
+    template <typename Store>
     QFUSE_TARGET_AMX __attribute__((noinline)) void two_by_two(
-        const Rows& x, Panel& w, int64_t column, const uint8_t* tail, float* out, const Meanwhile& meanwhile) const {
+        const Rows& x, Panel& w, int64_t column, const uint8_t* tail, int32_t* block, const Part& before,
+        const Store& store) const {
         const int64_t steps = (k_ + 63) / 64;
-        Between<Meanwhile> between(meanwhile, column / 2, column / 2 + 16, steps);
+        Between<Store> between(before, store, steps);
         const int64_t calls = (w.rows + 31) / 32 * 2, lines = std::max<int64_t>(4, (64 + calls - 1) / calls);
         const char* next = reinterpret_cast<const char*>(w.data) + 4096 * steps + 64 * lines * steps * w.tiles;
         const char* const next_end = reinterpret_cast<const char*>(w.data) + 2 * 4096 * steps;
@@ -157,6 +150,8 @@ class Amx {
         _tile_zero(1);
         _tile_zero(2);
         _tile_zero(3);
+        if (w.start)
+            load_start(w.start + column, w.start + column + 16, w.start + column, w.start + column + 16);
         int64_t k = 0;
         for (; k + 64 <= k_; k += 64) {
             multiply_two_by_two(x.data + k, x.stride, b + 64 * k);
@@ -167,12 +162,10 @@ class Amx {
         if (k < k_)
             multiply_two_by_two(tail, 64, b + 64 * k);
         between.rest();
-        alignas(64) int32_t sums[32][32];
-        _tile_stored(0, sums[0], 128);
-        _tile_stored(1, sums[0] + 16, 128);
-        _tile_stored(2, sums[16], 128);
-        _tile_stored(3, sums[16] + 16, 128);
-        store(x, w, column, sums, out);
+        _tile_stored(0, block, 256);
+        _tile_stored(1, block + 16, 256);
+        _tile_stored(2, block + 16 * panel_columns, 256);
+        _tile_stored(3, block + 16 * panel_columns + 16, 256);
     }
 
     QFUSE_TARGET_AMX __attribute__((always_inline)) static inline void multiply_one_by_four(
@@ -225,17 +218,20 @@ class Amx {
         fetch_16_lines(b + 6144 + 1024 * 3, c + 6144 + 1024 * 3);
     }
 
-    // Up to 16 rows by 64 columns. Meanwhile the block before is stored.
-    template <typename Meanwhile>
+    // Up to 16 rows by 64 columns. Meanwhile the part before is stored.
+    template <typename Store>
     QFUSE_TARGET_AMX __attribute__((noinline)) void one_by_four(
-        const Rows& x, const Panel& w, const uint8_t* tail, float* out, const Meanwhile& meanwhile) const {
+        const Rows& x, const Panel& w, const uint8_t* tail, int32_t* block, const Part& before,
+        const Store& store) const {
         const int64_t part = k_ / 128 * 64;
-        Between<Meanwhile> between(meanwhile, 0, max_rows, std::max<int64_t>(1, part / 64));
+        Between<Store> between(before, store, std::max<int64_t>(1, part / 64));
         const int8_t* b = w.data;
         _tile_zero(0);
         _tile_zero(1);
         _tile_zero(2);
         _tile_zero(3);
+        if (w.start)
+            load_start(w.start, w.start + 16, w.start + 32, w.start + 48);
         int64_t k = 0;
         for (; k < part; k += 64) {
             multiply_one_by_four_twice(x.data + k, x.stride, b + 64 * k, part);
@@ -246,12 +242,10 @@ class Amx {
         if (k < k_)
             multiply_one_by_four(tail, 64, b + 64 * k);
         between.rest();
-        alignas(64) int32_t sums[16][64];
-        _tile_stored(0, sums[0], 256);
-        _tile_stored(1, sums[0] + 16, 256);
-        _tile_stored(2, sums[0] + 32, 256);
-        _tile_stored(3, sums[0] + 48, 256);
-        store(x, w, 0, sums, out);
+        _tile_stored(0, block, 256);
+        _tile_stored(1, block + 16, 256);
+        _tile_stored(2, block + 32, 256);
+        _tile_stored(3, block + 48, 256);
     }
 };
 

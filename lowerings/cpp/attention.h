@@ -83,7 +83,8 @@ class AttentionThread {
     }
 
     AttentionThread(const Attention<T, M>& a, int64_t blocks)
-        : a_(a), blocks_(blocks), kernel_(a.keys), sums_(blocks * rows * Kernel::padded_head), known_(blocks) {}
+        : a_(a), blocks_(blocks), kernel_(a.keys), sums_(blocks * rows * Kernel::padded_head), known_(blocks),
+          plain_(ceil_div(rows_of_head(a), rows)) {}
 
     void operator()(int64_t item) {
         const int64_t of_head = ceil_div(rows_of_head(a_), blocks_ * rows), head = item / of_head;
@@ -117,7 +118,8 @@ class AttentionThread {
     Kernel kernel_;
     Buffer<float> sums_;
     Buffer<typename Kernel::Known> known_;
-    int64_t batch_ = 0, kv_head_ = 0, packed_head_ = -1, packed_window_ = -1;
+    Buffer<int8_t> plain_; // of each block of rows of a head, -1: not known yet
+    int64_t batch_ = 0, kv_head_ = 0, packed_head_ = -1, packed_window_ = -1, plain_mask_ = -1;
 
     static int64_t rows_of_head(const Attention<T, M>& a) { return a.heads / a.kv_heads * a.queries; }
 
@@ -145,7 +147,7 @@ class AttentionThread {
         if (end > window)
             kernel_.load(q, count);
         constexpr float log2_e = 1.44269504f;
-        const bool is_plain = are_plain(row, count);
+        const bool is_plain = are_known_plain(row, count);
         float* sums = sums_.data() + in_item * Kernel::padded_head;
         for (int64_t key = window; key < end; key += Kernel::keys) {
             const int64_t keys = std::min(Kernel::keys, end - key);
@@ -158,6 +160,18 @@ class AttentionThread {
             kernel_.weigh(seen, keys, is_plain ? a_.scale * log2_e : log2_e, key == 0, known_.data()[in_item / rows], sums);
             kernel_.add(key - window, keys, key == 0, sums);
         }
+    }
+
+    // The same as below, found out once for all heads that share a mask.
+    bool are_known_plain(int64_t row, int64_t count) {
+        const int64_t mask = a_.mask_head == 0 ? batch_ : batch_ * a_.kv_heads + kv_head_;
+        if (mask != plain_mask_)
+            std::fill_n(plain_.data(), ceil_div(rows_of_head(a_), rows), int8_t{-1});
+        plain_mask_ = mask;
+        int8_t& is_plain = plain_.data()[row / rows];
+        if (is_plain < 0)
+            is_plain = are_plain(row, count);
+        return is_plain;
     }
 
     // Tell whether scores need not be scaled, because the largest ones are so as well when they are, and a mask, if there

@@ -4,13 +4,6 @@
 #define QFUSE_TARGET_AVX512_VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")))
 namespace qfuse {
 
-// (acc − compensation) · x_scale · w_scale of 16 columns.
-template <bool IS_COMPENSATED>
-QFUSE_TARGET_AVX512_VNNI static inline __m512 dequantized(__m512i acc, const Panel& w, int64_t column, __m512 x_scale) {
-    const __m512i sum = IS_COMPENSATED ? _mm512_sub_epi32(acc, _mm512_load_si512(w.compensation + column)) : acc;
-    return _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), x_scale), _mm512_load_ps(w.scale + column));
-}
-
 // acc += four unsigned bytes of `row` times four signed ones of `column`, for 16 columns. Not the intrinsic: around that
 // GCC moves code over the edges of the loop, and spills every accumulator inside it (GCC 12: a third of the speed).
 QFUSE_TARGET_AVX512_VNNI __attribute__((always_inline)) static inline void dpbusd(
@@ -22,29 +15,29 @@ class Avx512Vnni {
  public:
     static constexpr int64_t row_tile = 6;
     static constexpr int64_t max_rows = 48;
-    static constexpr int64_t blocks = 1;
 
     explicit Avx512Vnni(int64_t k) : k_(k) {}
 
-    template <typename Meanwhile>
-    void operator()(const Rows& x, Panel& w, float* out, const Meanwhile& meanwhile) const {
-        meanwhile(0, max_rows);
+    template <typename Store>
+    void operator()(const Rows& x, Panel& w, int32_t* block, Part& part, const Store& store) const {
+        store_all(part, store);
         // 16 rows are 6 + 5 + 5, not 6 + 6 + 4: small tiles wait for the weight.
         for (int64_t row = 0, tiles = (x.count + row_tile - 1) / row_tile; tiles > 0; --tiles) {
             const int64_t rows = (x.count - row + tiles - 1) / tiles;
-            const Rows part{x.data + row * x.stride, x.stride, x.scale + row * x.scale_stride, x.scale_stride, rows};
-            float* to = out + row * panel_columns;
+            const uint8_t* from = x.data + row * x.stride;
+            int32_t* to = block + row * panel_columns;
             const int64_t next = ahead(w);
             switch (rows) {
-                case 1: tile<1>(part, w, next, to); break;
-                case 2: tile<2>(part, w, next, to); break;
-                case 3: tile<3>(part, w, next, to); break;
-                case 4: tile<4>(part, w, next, to); break;
-                case 5: tile<5>(part, w, next, to); break;
-                default: tile<6>(part, w, next, to); break;
+                case 1: tile<1>(from, x.stride, w, next, to); break;
+                case 2: tile<2>(from, x.stride, w, next, to); break;
+                case 3: tile<3>(from, x.stride, w, next, to); break;
+                case 4: tile<4>(from, x.stride, w, next, to); break;
+                case 5: tile<5>(from, x.stride, w, next, to); break;
+                default: tile<6>(from, x.stride, w, next, to); break;
             }
             row += rows;
         }
+        part = {block, x.first, w.first, x.count, w.columns};
     }
 
  private:
@@ -62,16 +55,16 @@ class Avx512Vnni {
     // ahead: from what is multiplied to what is fetched meanwhile, in bytes.
     template <int ROWS>
     QFUSE_TARGET_AVX512_VNNI __attribute__((noinline)) void tile(
-        const Rows& x, const Panel& w, int64_t ahead, float* out) const {
+        const uint8_t* a, int64_t stride, const Panel& w, int64_t ahead, int32_t* out) const {
         // Few rows read more weight than they compute. Then K is cut into streams, each with sums of its own, that fetch
         // 2 KiB ahead: memory is read faster in several places at once.
         constexpr int STREAMS = ROWS <= 2 ? 4 / ROWS : 1;
         if (STREAMS > 1)
             ahead = 2048;
-        const uint8_t* a = x.data;
         const int8_t* b = w.data;
-        const int64_t stride = x.stride, part = k_ / 4 / STREAMS * 4;
-        const Tail<ROWS> last(x, k_); // before there are accumulators, which calls would spill
+        const int64_t part = k_ / 4 / STREAMS * 4;
+        const uint8_t* const end = a + k_ / 4 * 4;
+        const Tail<ROWS> last(a, stride, k_); // before there are accumulators, which calls would spill
         __m512i acc[STREAMS][ROWS][4];
 #pragma GCC unroll 4
         for (int s = 0; s < STREAMS; ++s)
@@ -79,14 +72,14 @@ class Avx512Vnni {
             for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
                 for (int j = 0; j < 4; ++j)
-                    acc[s][i][j] = _mm512_setzero_si512();
-        for (const uint8_t* end = x.data + part; a < end; a += 4, b += 256) {
+                    acc[s][i][j] = w.start && s == 0 ? _mm512_load_si512(w.start + 16 * j) : _mm512_setzero_si512();
+        for (const uint8_t* end = a + part; a < end; a += 4, b += 256) {
 #pragma GCC unroll 4
             for (int s = 0; s < STREAMS; ++s)
                 multiply<ROWS>(acc[s], Memory{a + s * part, stride}, b + 64 * s * part, ahead);
         }
         a += (STREAMS - 1) * part, b += 64 * (STREAMS - 1) * part;
-        for (const uint8_t* end = x.data + k_ / 4 * 4; a < end; a += 4, b += 256)
+        for (; a < end; a += 4, b += 256)
             multiply<ROWS>(acc[0], Memory{a, stride}, b, ahead);
         if (k_ % 4)
             multiply<ROWS>(acc[0], last, b, ahead);
@@ -98,12 +91,10 @@ class Avx512Vnni {
                 for (int j = 0; j < 4; ++j)
                     acc[0][i][j] = _mm512_add_epi32(acc[0][i][j], acc[s][i][j]);
 #pragma GCC unroll 6
-        for (int i = 0; i < ROWS; ++i) {
-            const __m512 x_scale = _mm512_set1_ps(x.scale[i * x.scale_stride]);
+        for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
             for (int j = 0; j < 4; ++j)
-                _mm512_storeu_ps(out + i * panel_columns + 16 * j, dequantized<true>(acc[0][i][j], w, 16 * j, x_scale));
-        }
+                _mm512_storeu_si512(out + i * panel_columns + 16 * j, acc[0][i][j]);
     }
 
     // Four k of each row, times 64 columns.

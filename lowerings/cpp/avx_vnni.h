@@ -15,29 +15,29 @@ class AvxVnni {
  public:
     static constexpr int64_t row_tile = 6;
     static constexpr int64_t max_rows = 48;
-    static constexpr int64_t blocks = 1;
 
     explicit AvxVnni(int64_t k) : k_(k) {}
 
-    template <typename Meanwhile>
-    void operator()(const Rows& x, const Panel& w, float* out, const Meanwhile& meanwhile) const {
-        meanwhile(0, max_rows);
+    template <typename Store>
+    void operator()(const Rows& x, const Panel& w, int32_t* block, Part& part, const Store& store) const {
+        store_all(part, store);
         for (int64_t row = 0, tiles = (x.count + row_tile - 1) / row_tile; tiles > 0; --tiles) {
             const int64_t rows = (x.count - row + tiles - 1) / tiles;
-            const Rows part{x.data + row * x.stride, x.stride, x.scale + row * x.scale_stride, x.scale_stride, rows};
+            const uint8_t* from = x.data + row * x.stride;
             for (int64_t column = 0; column < panel_columns; column += 16) {
-                float* to = out + row * panel_columns;
+                int32_t* to = block + row * panel_columns + column;
                 switch (rows) {
-                    case 1: tile<1>(part, w, column, to); break;
-                    case 2: tile<2>(part, w, column, to); break;
-                    case 3: tile<3>(part, w, column, to); break;
-                    case 4: tile<4>(part, w, column, to); break;
-                    case 5: tile<5>(part, w, column, to); break;
-                    default: tile<6>(part, w, column, to); break;
+                    case 1: tile<1>(from, x.stride, w, column, to); break;
+                    case 2: tile<2>(from, x.stride, w, column, to); break;
+                    case 3: tile<3>(from, x.stride, w, column, to); break;
+                    case 4: tile<4>(from, x.stride, w, column, to); break;
+                    case 5: tile<5>(from, x.stride, w, column, to); break;
+                    default: tile<6>(from, x.stride, w, column, to); break;
                 }
             }
             row += rows;
         }
+        part = {block, x.first, w.first, x.count, w.columns};
     }
 
  private:
@@ -45,31 +45,26 @@ class AvxVnni {
 
     template <int ROWS>
     QFUSE_TARGET_AVX_VNNI __attribute__((noinline)) void tile(
-        const Rows& x, const Panel& w, int64_t column, float* out) const {
-        const uint8_t* a = x.data;
+        const uint8_t* a, int64_t stride, const Panel& w, int64_t column, int32_t* out) const {
         const int8_t* b = w.data + 4 * column;
-        int64_t k = k_, stride = x.stride;
-        const Tail<ROWS> last(x, k);
+        int64_t k = k_;
+        const Tail<ROWS> last(a, stride, k);
         __m256i acc[ROWS][2];
 #pragma GCC unroll 6
         for (int i = 0; i < ROWS; ++i)
-            acc[i][0] = acc[i][1] = _mm256_setzero_si256();
+#pragma GCC unroll 2
+            for (int j = 0; j < 2; ++j)
+                acc[i][j] = w.start ? _mm256_load_si256(reinterpret_cast<const __m256i*>(w.start + column + 8 * j))
+                                    : _mm256_setzero_si256();
         for (; k >= 4; k -= 4, a += 4, b += 256)
             multiply<ROWS>(acc, Memory{a, stride}, b);
         if (k > 0)
             multiply<ROWS>(acc, last, b);
 #pragma GCC unroll 6
-        for (int i = 0; i < ROWS; ++i) {
-            const __m256 x_scale = _mm256_set1_ps(x.scale[i * x.scale_stride]);
+        for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 2
-            for (int j = 0; j < 2; ++j) {
-                const int64_t at = column + 8 * j;
-                const auto* compensation = reinterpret_cast<const __m256i*>(w.compensation + at);
-                const __m256 sum = _mm256_cvtepi32_ps(_mm256_sub_epi32(acc[i][j], _mm256_load_si256(compensation)));
-                const __m256 y = _mm256_mul_ps(_mm256_mul_ps(sum, x_scale), _mm256_load_ps(w.scale + at));
-                _mm256_storeu_ps(out + i * panel_columns + at, y);
-            }
-        }
+            for (int j = 0; j < 2; ++j)
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i * panel_columns + 8 * j), acc[i][j]);
     }
 
     template <int ROWS, typename Four>

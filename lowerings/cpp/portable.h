@@ -8,44 +8,39 @@ class Portable {
  public:
     static constexpr int64_t row_tile = 4;
     static constexpr int64_t max_rows = 48;
-    static constexpr int64_t blocks = 1;
 
     explicit Portable(int64_t k) : k_(k) {}
 
-    template <typename Meanwhile>
-    void operator()(const Rows& x, const Panel& w, float* out, const Meanwhile& meanwhile) const {
-        meanwhile(0, max_rows);
-        alignas(64) int32_t sums[max_rows][panel_columns] = {};
-        for (int64_t k = 0; k < k_; k += part) {
-            const int64_t length = std::min(part, k_ - k);
-            alignas(64) float columns[part][panel_columns];
+    template <typename Store>
+    void operator()(const Rows& x, const Panel& w, int32_t* block, Part& part, const Store& store) const {
+        store_all(part, store);
+        for (int64_t i = 0; i < x.count; ++i)
+            for (int64_t j = 0; j < panel_columns; ++j)
+                block[i * panel_columns + j] = w.start ? w.start[j] : 0;
+        for (int64_t k = 0; k < k_; k += exact_length) {
+            const int64_t length = std::min(exact_length, k_ - k);
+            alignas(64) float columns[exact_length][panel_columns];
             for (int64_t i = 0; i < length; ++i)
                 for (int64_t j = 0; j < panel_columns; ++j)
                     columns[i][j] = w.data[panel_columns * ((k + i) / 4 * 4) + 4 * j + i % 4];
             for (int64_t row = 0; row < x.count; row += row_tile)
-                add(x, row, k, length, columns, sums);
+                add(x, row, k, length, columns, block);
         }
-        for (int64_t i = 0; i < x.count; ++i)
-            for (int64_t j = 0; j < panel_columns; ++j)
-                out[i * panel_columns + j] =
-                    difference(sums[i][j], w.compensation[j]) * x.scale[i * x.scale_stride] * w.scale[j];
+        part = {block, x.first, w.first, x.count, w.columns};
     }
 
  private:
-    static float difference(int32_t sum, int32_t compensation) { // modulo 2^32, as the others compute
-        return static_cast<int32_t>(static_cast<uint32_t>(sum) - static_cast<uint32_t>(compensation));
-    }
-
-    static constexpr int64_t part = 256;
+    static constexpr int64_t exact_length = 256;
     typedef float Floats __attribute__((vector_size(64), aligned(64), may_alias));
     typedef int32_t Ints __attribute__((vector_size(64), aligned(64), may_alias));
+    typedef uint32_t Unsigned __attribute__((vector_size(64), aligned(64), may_alias)); // sums are modulo 2^32
 
     int64_t k_;
 
     // Add the products of `length` k, from k on, of four rows from `row` on.
     static void add(const Rows& x, int64_t row, int64_t k, int64_t length, const float (*columns)[panel_columns],
-                    int32_t (*sums)[panel_columns]) {
-        float activation[row_tile][part] = {};
+                    int32_t* block) {
+        float activation[row_tile][exact_length] = {};
         const int64_t rows = std::min(row_tile, x.count - row);
         for (int64_t i = 0; i < rows; ++i)
             for (int64_t u = 0; u < length; ++u)
@@ -59,7 +54,8 @@ class Portable {
                     acc[i] += activation[i][u] * column;
             }
             for (int64_t i = 0; i < rows; ++i)
-                *reinterpret_cast<Ints*>(sums[row + i] + j) += __builtin_convertvector(acc[i], Ints);
+                *reinterpret_cast<Unsigned*>(block + (row + i) * panel_columns + j) +=
+                    reinterpret_cast<Unsigned>(__builtin_convertvector(acc[i], Ints));
         }
     }
 };

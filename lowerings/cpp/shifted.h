@@ -1,4 +1,4 @@
-// Signed rows for a microkernel that takes unsigned ones: shifted by 128 for each panel anew, and the compensation too.
+// Signed rows for a microkernel that takes unsigned ones: shifted by 128 for each panel anew, and what sums start from too.
 #ifndef QFUSE_SHIFTED
 #define QFUSE_SHIFTED
 namespace qfuse {
@@ -8,17 +8,18 @@ class Shifted : public Unsigned {
  public:
     explicit Shifted(int64_t k) : Unsigned(k), k_(k) {}
 
-    template <typename Meanwhile>
-    void operator()(const Rows& x, Panel& w, float* out, const Meanwhile& meanwhile) {
+    template <typename Store>
+    void operator()(const Rows& x, Panel& w, int32_t* block, Part& part, const Store& store) {
         rows_.resize(x.count * k_);
         for (int64_t i = 0; i < x.count; ++i)
             shift(x.data + i * x.stride, rows_.data() + i * k_);
         Panel shifted = w;
-        shifted.is_compensated = true;
+        alignas(64) int32_t start[panel_columns];
         for (int64_t j = 0; j < panel_columns; ++j)
-            shifted.compensation[j] = static_cast<int32_t>(
-                static_cast<uint32_t>(w.compensation[j]) + 128u * static_cast<uint32_t>(w.column_sums[j]));
-        Unsigned::operator()({rows_.data(), k_, x.scale, x.scale_stride, x.count}, shifted, out, meanwhile);
+            start[j] = static_cast<int32_t>(
+                static_cast<uint32_t>(w.start ? w.start[j] : 0) - 128u * static_cast<uint32_t>(w.column_sums[j]));
+        shifted.start = start;
+        Unsigned::operator()({rows_.data(), k_, x.first, x.count}, shifted, block, part, store);
         w.tiles = shifted.tiles;
     }
 

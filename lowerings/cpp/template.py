@@ -13,8 +13,9 @@ from torch._inductor import ir
 from torch._inductor.codegen.cpp_gemm_template import gen_2d_view_of_epilogue_buf
 from torch._inductor.codegen.cpp_template import CppTemplate
 from torch._inductor.codegen.cpp_template_kernel import wrap_with_tensorbox
+from torch._inductor.lowering import lowerings, to_dtype
 from torch._inductor.utils import parallel_num_threads
-from torch._inductor.virtualized import V, ops
+from torch._inductor.virtualized import V
 
 from qfuse.isa import cpu_isa
 from qfuse.lowerings.call import Int8LinearCall, in_memory
@@ -28,18 +29,18 @@ _TEXT = (Path(__file__).parent / "linear.cpp.jinja").read_text()
 def int8_linear(call: Int8LinearCall) -> ir.TensorBox:
     """Lower a linear whose weight is packed."""
     call = call.with_activation(MICROKERNELS[cpu_isa()].activation_dtype(call.x.get_dtype()))
-    x, weight, column_sums, x_scale, w_scale = map(
-        ir.ExternKernel.require_contiguous,
-        map(in_memory, (call.x, call.weight, call.column_sums, call.x_scale, call.w_scale)),
+    x, weight, column_sums = map(
+        ir.ExternKernel.require_contiguous, map(in_memory, (call.x, call.weight, call.column_sums))
     )
     # What the epilogue reads has to be an input of the template: else the scheduler does not see the dependency.
+    x_scale, w_scale = map(_realized, (call.x_scale, call.w_scale))
     rows, columns = ([_realized(t) for t in tensors] for tensors in (call.offset_rows, call.offset_columns))
     bias = None if call.bias is None else _realized(call.bias)
-    call = replace(call, bias=bias, offset_rows=rows, offset_columns=columns)
-    read_behind = [t for t in (bias, *rows, *columns) if t is not None]
+    call = replace(call, x_scale=x_scale, w_scale=w_scale, bias=bias, offset_rows=rows, offset_columns=columns)
+    read_behind = [t for t in (x_scale, w_scale, bias, *rows, *columns) if t is not None]
     size = [x.get_size()[0], column_sums.get_size()[1]]
     template = Int8LinearTemplate(
-        [ir.InputsKernel.unwrap_storage_for_input(t) for t in (x, weight, column_sums, x_scale, w_scale, *read_behind)],
+        [ir.InputsKernel.unwrap_storage_for_input(t) for t in (x, weight, column_sums, *read_behind)],
         ir.FixedLayout(x.get_device_or_error(), call.out_dtype, size),
         call,
     )
@@ -52,7 +53,7 @@ def _realized(tensor: Any) -> Any:
 
 
 class Int8LinearTemplate(CppTemplate):
-    """One fused linear. Inputs: x, packed weight, column sums, scale of rows, scale of columns, then the epilogue's."""
+    """One fused linear. Inputs: x, packed weight, column sums, then the epilogue's."""
 
     def __init__(self, input_nodes: Sequence[ir.IRNode], layout: ir.Layout, call: Int8LinearCall) -> None:
         super().__init__("qfuse_int8_linear", input_nodes, layout, parallel_num_threads())
@@ -68,9 +69,9 @@ class Int8LinearTemplate(CppTemplate):
     ) -> str:
         """Return the C++ of the kernel, with `epilogue_nodes` fused into it."""
         output: Any = self.output_node if template_buffer_node is None else template_buffer_node
-        # The float32 result of the matmul exists as a block in L1 only; `store_output` redirects its loads there.
+        # The result of the matmul exists as a block in L1 only; `store_output` redirects its loads there.
         layout = output.get_layout()
-        sums_layout = ir.FixedLayout(layout.device, torch.float32, layout.size, layout.stride)
+        sums_layout = ir.FixedLayout(layout.device, torch.int32, layout.size, layout.stride)
         sums = ir.Buffer(name=f"{output.get_name()}_sums", layout=sums_layout)
         epilogues: list[Any] = [
             ir.ComputedBuffer(name=output.get_name(), layout=layout, data=_epilogue(self.call, sums))
@@ -86,8 +87,8 @@ class Int8LinearTemplate(CppTemplate):
             y_2d, reindexers = gen_2d_view_of_epilogue_buf(
                 y, output, epilogue_nodes, reindexers, default_reindexers=[None] * len(epilogue_nodes)
             )
-        x, weight, column_sums, x_scale, w_scale, *others = self.input_nodes
-        names = ["x", "weight", "column_sums", "x_scale", "w_scale", *(f"other{i}" for i in range(len(others)))]
+        x, weight, column_sums, *others = self.input_nodes
+        names = ["x", "weight", "column_sums", *(f"other{i}" for i in range(len(others)))]
         inputs: dict[str, tuple[str, ir.IRNode]] = {}  # by buffer: one that is read twice is one argument
         for name, node in zip(names, self.input_nodes, strict=True):
             inputs.setdefault(node.get_name(), (name, node))
@@ -99,22 +100,19 @@ class Int8LinearTemplate(CppTemplate):
                 template=self,
                 kernel=kernel,
                 microkernel=microkernel,
+                int32=torch.int32,
                 class_name=microkernel.class_names[x.get_dtype()],
                 vector_math=VECTOR_MATH,
                 inputs=dict(inputs.values()),
                 x=x,
                 weight=weight,
                 column_sums=column_sums,
-                x_scale=x_scale,
-                w_scale=w_scale,
                 y=y,
                 y_2d=y_2d,
                 sums=sums,
                 n=int(output.get_size()[1]),
                 k=int(x.get_size()[1]),
                 x_zero_point=self.call.x_zero_point,
-                one_x_scale=V.graph.sizevars.statically_known_equals(x_scale.get_size()[0], 1),
-                one_w_scale=V.graph.sizevars.statically_known_equals(w_scale.get_size()[0], 1),
                 l2_bytes=torch.cpu.get_capabilities().get("l2_cache_size", _USUAL_L2_BYTES),
                 num_threads=self.num_threads,
                 epilogues=epilogues,
@@ -124,14 +122,8 @@ class Int8LinearTemplate(CppTemplate):
 
 
 def _epilogue(call: Int8LinearCall, sums: ir.Buffer) -> ir.Pointwise:
-    """Return offsets, bias and cast, applied to the float32 result of the matmul."""
-    y = call.finished(ir.TensorBox.create(sums)).data.data
-    if isinstance(y, ir.Pointwise):
-        return y
-    load = sums.make_loader()  # nothing to apply: a copy
-    return ir.Pointwise(
-        device=sums.get_device_or_error(),
-        dtype=sums.get_dtype(),
-        inner_fn=lambda index: ops.identity(load(index)),
-        ranges=sums.get_size(),
-    )
+    """Return scales, offsets, bias and cast, applied to the int32 result of the matmul."""
+    y = call.scaled_by_rows(to_dtype(ir.TensorBox.create(sums), torch.float32))
+    y = call.finished(lowerings[torch.ops.aten.mul.Tensor](y, call.w_scale))
+    assert isinstance(y.data.data, ir.Pointwise)
+    return y.data.data

@@ -223,7 +223,14 @@ static inline auto convert(const V& x) {
         return at::vec::Vectorized<at::BFloat16>(reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(x[1], x[0])));
     else
 #endif
+    if constexpr (to_vectors == from_vectors && to_vectors > 1) { // one by one: torch 2.13 goes through memory
+        at::vec::VectorizedN<To, to_vectors> converted;
+        for (int i = 0; i < to_vectors; ++i)
+            converted[i] = at::vec::convert<To>(x[i]);
+        return converted;
+    } else {
         return at::vec::convert<To, to_vectors, From, from_vectors>(x);
+    }
 }
 
 } // namespace qfuse
