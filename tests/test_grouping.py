@@ -108,7 +108,7 @@ def test_kernels() -> None:
     # not every CPU has a kernel for attention
     with fresh_cache(), qfuse.config.patch(fuse_attention=False), without_amx():
         _, (*_, code) = run_and_get_code(torch.compile(model), torch.randn(9, K, dtype=torch.bfloat16))
-    assert code.count("Microkernel microkernel(K);") == 1
+    assert code.count("Microkernel microkernel(K, ") == 1
     calls = re.findall(r"^ +(cpp_fused\w+)\(", code.split("def call(")[1].split("runner =")[0], re.M)
     assert_expected_inline(
         "\n".join(calls),

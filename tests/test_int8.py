@@ -37,7 +37,7 @@ def test_compiles_to_one_kernel(row: Row) -> None:
     options = {"emulate_precision_casts": True}
     with fresh_cache():
         result, (*_, code) = run_and_get_code(torch.compile(model, options=options), *inputs)
-    assert code.count("Microkernel microkernel(K);") == 1
+    assert code.count("Microkernel microkernel(K, ") == 1
     assert "extern_kernels." not in code
     assert_no_worse(result, model, *inputs)
 
@@ -102,7 +102,7 @@ def test_shared_activation_and_tied_weight() -> None:
     with fresh_cache():
         result, (*_, code) = run_and_get_code(torch.compile(model), x)
     assert_no_worse(result, model, x)
-    assert code.count("Microkernel microkernel(K);") == 3  # what is returned is not grouped
+    assert code.count("Microkernel microkernel(K, ") == 3  # what is returned is not grouped
     call = r"cpp_fused_\w+\((buf\d+), (_frozen_param\d+),"
     activations, weights = zip(*re.findall(call, code), strict=True)
     assert len(activations) == 3

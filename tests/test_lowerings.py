@@ -172,7 +172,7 @@ def test_which_kernel_is_called(lowering: str) -> None:
         _, (*_, code) = run_and_get_code(torch.compile(model), *model.inputs(9, 64))
     assert code.count("extern_kernels.qfuse_onednn_int8_matmul(") == (lowering == "onednn")
     assert code.count("extern_kernels._int_mm(") == (lowering == "aten")
-    assert code.count("Microkernel microkernel(K);") == (lowering == "cpp")
+    assert code.count("Microkernel microkernel(K, ") == (lowering == "cpp")
     assert "torch.ops.qfuse.int8_linear.default(" not in code  # the reference
 
 

@@ -33,7 +33,7 @@ DRIVER = """
 {text}
 extern "C" void run(const uint8_t* x, int64_t stride, int64_t rows, const int8_t* weight, const int32_t* sums,
                     int32_t zero_point, int64_t k, int32_t* out) {{
-    qfuse::{class_name} microkernel(k);
+    qfuse::{class_name} microkernel(k, rows % 2);
     qfuse::Panel panel;
     alignas(64) int32_t start[64];
     panel.data = weight;

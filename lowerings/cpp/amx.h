@@ -23,7 +23,7 @@ class Amx {
     static constexpr int64_t row_tile = 32;
     static constexpr int64_t max_rows = 32;
 
-    explicit Amx(int64_t k) : k_(k), few_(k), granted_(may_use_amx()) {}
+    Amx(int64_t k, bool stores_fast) : k_(k), waits_(stores_fast && k > 64), few_(k, stores_fast), granted_(may_use_amx()) {}
     Amx(const Amx&) = delete;
     Amx& operator=(const Amx&) = delete;
     QFUSE_TARGET_AMX ~Amx() {
@@ -62,6 +62,7 @@ class Amx {
     static constexpr int64_t fewest_rows = 3;
 
     int64_t k_;
+    bool waits_; // with storing the part before: what AMX has just stored cannot be loaded yet
     WithoutAmx<SIGNED> few_;
     bool granted_;
     int64_t configured_ = 0;
@@ -140,7 +141,7 @@ class Amx {
         const Rows& x, Panel& w, int64_t column, const uint8_t* tail, int32_t* block, const Part& before,
         const Store& store) const {
         const int64_t steps = (k_ + 63) / 64;
-        Between<Store> between(before, store, steps);
+        Between<Store> between(before, store, steps - waits_);
         const int64_t calls = (w.rows + 31) / 32 * 2, lines = std::max<int64_t>(4, (64 + calls - 1) / calls);
         const char* next = reinterpret_cast<const char*>(w.data) + 4096 * steps + 64 * lines * steps * w.tiles;
         const char* const next_end = reinterpret_cast<const char*>(w.data) + 2 * 4096 * steps;
@@ -157,7 +158,8 @@ class Amx {
             multiply_two_by_two(x.data + k, x.stride, b + 64 * k);
             for (const char* end = std::min(next_end, next + 64 * lines); next < end; next += 64)
                 _mm_prefetch(next, _MM_HINT_T1);
-            between.step();
+            if (k > 0 || !waits_)
+                between.step();
         }
         if (k < k_)
             multiply_two_by_two(tail, 64, b + 64 * k);

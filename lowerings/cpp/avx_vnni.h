@@ -16,7 +16,7 @@ class AvxVnni {
     static constexpr int64_t row_tile = 6;
     static constexpr int64_t max_rows = 48;
 
-    explicit AvxVnni(int64_t k) : k_(k) {}
+    AvxVnni(int64_t k, bool) : k_(k) {}
 
     template <typename Store>
     void operator()(const Rows& x, const Panel& w, int32_t* block, Part& part, const Store& store) const {

@@ -2,7 +2,7 @@
 //
 //     static constexpr int64_t row_tile;   // rows that it computes at a time, most efficiently
 //     static constexpr int64_t max_rows;   // rows that it takes in one call
-//     explicit Microkernel(int64_t k);     // one for each thread
+//     Microkernel(int64_t k, bool stores_fast); // one for each thread; whether `store` takes little time
 //     void operator()(const Rows& x, Panel& w, int32_t* block, Part& part, const Store& store);
 //
 // which computes Σk x[i][k] · w[j][k] + start[j], modulo 2^32, in parts of the block: rows of 64 integers, max_rows of them.

@@ -19,6 +19,12 @@ VECTOR_MATH = (Path(__file__).parent / "vector_math.h").read_text()
 #: exp near 0, sigmoid at 0, and erf where it rounds to ±1, for GELU's 1 + erf.
 _SUMS_AND_PRODUCTS = {"load", "constant", "to_dtype", "add", "mul", "neg", "truediv"}
 _ROUGH = {"exp", "erf", "sigmoid"}
+_FUNCTIONS = _ROUGH | {"tanh"}
+
+
+def stores_fast(used: Set[str]) -> bool:
+    """Tell whether operators take little time."""
+    return not used & _FUNCTIONS
 
 
 @contextlib.contextmanager
@@ -29,7 +35,7 @@ def fast_math(stored: Set[torch.dtype], used: Set[str]) -> Iterator[None]:
     where only bfloat16 is stored, and nothing but sums and products of them.
     """
     functions = {"exp": "exp", "erf": "erf", "tanh": "tanh", "sigmoid": "sigmoid", "truediv": "div"}
-    if stored == {torch.bfloat16} and used <= _SUMS_AND_PRODUCTS | _ROUGH | {"tanh"}:
+    if stored == {torch.bfloat16} and used <= _SUMS_AND_PRODUCTS | _FUNCTIONS:
         functions |= {name: f"rough_{name}" for name in _ROUGH}
     original = CppVecKernel.get_to_dtype_expr
 

@@ -9,7 +9,7 @@ class Portable {
     static constexpr int64_t row_tile = 4;
     static constexpr int64_t max_rows = 48;
 
-    explicit Portable(int64_t k) : k_(k) {}
+    Portable(int64_t k, bool) : k_(k) {}
 
     template <typename Store>
     void operator()(const Rows& x, const Panel& w, int32_t* block, Part& part, const Store& store) const {

@@ -6,7 +6,7 @@ namespace qfuse {
 template <class Unsigned>
 class Shifted : public Unsigned {
  public:
-    explicit Shifted(int64_t k) : Unsigned(k), k_(k) {}
+    Shifted(int64_t k, bool stores_fast) : Unsigned(k, stores_fast), k_(k) {}
 
     template <typename Store>
     void operator()(const Rows& x, Panel& w, int32_t* block, Part& part, const Store& store) {

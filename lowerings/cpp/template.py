@@ -19,7 +19,7 @@ from torch._inductor.virtualized import V
 
 from qfuse.isa import cpu_isa
 from qfuse.lowerings.call import Int8LinearCall, in_memory
-from qfuse.lowerings.cpp.fast_math import VECTOR_MATH, fast_math
+from qfuse.lowerings.cpp.fast_math import VECTOR_MATH, fast_math, stores_fast
 from qfuse.lowerings.cpp.microkernels import MICROKERNELS
 
 _USUAL_L2_BYTES = 1 << 20
@@ -101,6 +101,7 @@ class Int8LinearTemplate(CppTemplate):
                 kernel=kernel,
                 microkernel=microkernel,
                 int32=torch.int32,
+                stores_fast=stores_fast(used),
                 class_name=microkernel.class_names[x.get_dtype()],
                 vector_math=VECTOR_MATH,
                 inputs=dict(inputs.values()),
