@@ -31,7 +31,7 @@ def test_probes() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_linear(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_linear(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks.linear import Settings, measure, notes
     from benchmarks.linear_modules import Shape
     from benchmarks.plot import plot
@@ -55,6 +55,7 @@ def test_linear(dtype: torch.dtype, tmp_path: Path) -> None:
         assert case.ran(STOCK)
     save([run], tmp_path / "linear.json")
     assert load(tmp_path / "linear.json") == [run]
+    monkeypatch.setattr("benchmarks.results.UNDISTURBED", 0)
     assert [table.row_count for table in linear_tables(run.cases)] == [len(names) + 3] * 4
     plot(run.cases, run.summary, tmp_path / "linear.svg")
     assert (tmp_path / "linear.svg").stat().st_size
@@ -126,8 +127,26 @@ def test_model(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(fused.seconds) == 2
     assert fused.note.startswith("6 of 6 fused: ")
     assert len(fused.compile_seconds) == 1
+    assert all(len(rates) == 2 for rates in case.rates.values())
+    monkeypatch.setattr("benchmarks.results.UNDISTURBED", 0)
     (table,) = model_tables([case])
     assert table.row_count == 4
+
+
+def test_disturbed_rounds_are_told_apart() -> None:
+    from benchmarks.report import linear_tables, model_tables
+    from benchmarks.results import BF16, Case, Measured
+
+    engines = [Measured("int8, qfuse", [1.0, 2.0, 1.2, 3.0]), Measured(BF16, [2.0, 2.0, 2.2, 3.0]), Measured("x", absent="y")]
+    case = Case("model", "models", 1, engines, {"vnni": [9.5, 10.0, 9.1, 9.6], "amx": [99.0, 50.0, 100.0, 60.0]}, 10)
+    undisturbed = case.undisturbed()
+    assert undisturbed is not None
+    assert undisturbed.title == "in 2 undisturbed of 4 rounds"
+    assert [engine.seconds for engine in undisturbed.engines] == [[1.0, 1.2], [2.0, 2.2], []]
+    assert undisturbed.rates == {"vnni": [9.5, 9.1], "amx": [99.0, 100.0]}
+    assert undisturbed.undisturbed() is None
+    assert Case("model", "models", 1, engines).undisturbed() is None
+    assert [table.row_count for tables in (model_tables, linear_tables) for table in tables([case])] == [6, 8]
 
 
 def test_times_are_summed() -> None:

@@ -11,18 +11,22 @@ from rich.table import Table
 from benchmarks.results import BF16, STOCK, Case, Measured, grouped
 from benchmarks.timing import quartiles, ratio
 
+_DISTURBED = (
+    "A round is undisturbed if each probe, a small C++ program that multiplies in registers, reached 90 % of its best: "
+    "neighbours on the same machine take the rest. "
+)
 LEGEND = {
     "linear": (
         "GOP/s counts a multiplication and an addition as two. % is of what small C++ programs reached in the same "
         "rounds. GB/s: weights, activation and result, each once; for decode, weights. ×: times as fast, median of the "
         "rounds' ratios. error: relative Frobenius norm, against the same linear in float32. default: what qfuse "
-        "chooses."
+        "chooses. " + _DISTURBED
     ),
     "model": (
         "×: times as fast, median of the rounds' ratios. error: relative Frobenius norm of the output, against the "
         "model in float32, not compiled. compile: median, with caches that "
         "hold nothing of the model, the first call included; of ONNX Runtime and OpenVINO without the export, but with "
-        "quantization."
+        "quantization. " + _DISTURBED
     ),
 }
 PEAKS = {"vnni": "% VNNI", "amx": "% AMX"}
@@ -37,7 +41,7 @@ def linear_tables(cases: Sequence[Case]) -> Iterable[Table]:
             *("engine", "median µs", "quartiles", "GOP/s", *PEAKS.values(), "GB/s", "% read"),
             *("× stock int8", "× stock bf16", "error"),
         )
-        for case in group:
+        for case in _with_undisturbed(group):
             for i, engine in enumerate(case.engines):
                 table.add_row(case.title if i == 0 else "", *_linear_row(case, engine))
             rates = ", ".join(f"{name} {_rate(name, values)}" for name, values in case.rates.items())
@@ -84,11 +88,18 @@ def model_tables(cases: Sequence[Case]) -> Iterable[Table]:
                 "/ stock int8",
             ),
         )
-        for case in group:
+        for case in _with_undisturbed(group):
             for i, engine in enumerate(case.engines):
                 table.add_row(case.title if i == 0 else "", *_model_row(case, engine))
             table.add_section()
         yield table
+
+
+def _with_undisturbed(cases: Iterable[Case]) -> Iterable[Case]:
+    for case in cases:
+        yield case
+        if (undisturbed := case.undisturbed()) is not None:
+            yield undisturbed
 
 
 def _model_row(case: Case, engine: Measured) -> list[str]:

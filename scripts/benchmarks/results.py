@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 #: The engines that others are compared with.
 STOCK, BF16 = "int8, stock", "bf16, stock"
+
+#: A round is disturbed in which a probe reached less than this share of its best.
+UNDISTURBED = 0.9
 
 
 @dataclass
@@ -51,6 +54,25 @@ class Case:
     def ran(self, engine: str) -> Measured | None:
         """Return the engine of that name, if it ran."""
         return next((e for e in self.engines if e.engine == engine and e.seconds), None)
+
+    def undisturbed(self) -> Case | None:
+        """Return the rounds in which every probe was near its best, as a case; None if these are all or none.
+
+        On a virtual machine, neighbours take a part of what the probes measure, for seconds or minutes.
+        """
+        if not self.rates:
+            return None
+        best = {name: max(rates) for name, rates in self.rates.items()}
+        rounds = len(next(iter(self.rates.values())))
+        kept = [i for i in range(rounds) if all(r[i] >= UNDISTURBED * best[name] for name, r in self.rates.items())]
+        if len(kept) in (0, rounds):
+            return None
+        return replace(
+            self,
+            title=f"in {len(kept)} undisturbed of {rounds} rounds",
+            engines=[replace(e, seconds=[e.seconds[i] for i in kept] if e.seconds else []) for e in self.engines],
+            rates={name: [r[i] for i in kept] for name, r in self.rates.items()},
+        )
 
 
 @dataclass
