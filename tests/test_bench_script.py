@@ -137,7 +137,11 @@ def test_disturbed_rounds_are_told_apart() -> None:
     from benchmarks.report import linear_tables, model_tables
     from benchmarks.results import BF16, Case, Measured
 
-    engines = [Measured("int8, qfuse", [1.0, 2.0, 1.2, 3.0]), Measured(BF16, [2.0, 2.0, 2.2, 3.0]), Measured("x", absent="y")]
+    engines = [
+        Measured("int8, qfuse", [1.0, 2.0, 1.2, 3.0]),
+        Measured(BF16, [2.0, 2.0, 2.2, 3.0]),
+        Measured("x", absent="y"),
+    ]
     case = Case("model", "models", 1, engines, {"vnni": [9.5, 10.0, 9.1, 9.6], "amx": [99.0, 50.0, 100.0, 60.0]}, 10)
     undisturbed = case.undisturbed()
     assert undisturbed is not None
