@@ -97,7 +97,7 @@ class Amx {
         Between(const Part& part, const Store& store, int64_t steps)
             : store_(store), rows_a_step_((max_rows + steps - 1) / steps) {
             for (int64_t column = stored_columns; column < part.columns; column += stored_columns)
-                store(0, max_rows, column); // seldom there is more than that
+                store(0, max_rows, column); // of 16 rows or fewer, which have 64 columns
         }
         __attribute__((always_inline)) inline void step() { store_to(std::min(max_rows, row_ + rows_a_step_)); }
         __attribute__((always_inline)) inline void rest() { store_to(max_rows); }
