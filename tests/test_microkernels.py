@@ -23,7 +23,7 @@ from qfuse.lowerings.cpp.microkernels import MICROKERNELS
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
 
-#: Calls a microkernel on one panel, as the kernel that is rendered for Inductor does.
+#: Calls a microkernel on each panel, as the kernel that is rendered for Inductor does.
 DRIVER = """
 #include <algorithm>
 #include <cmath>
@@ -32,30 +32,31 @@ DRIVER = """
 {includes}
 {text}
 extern "C" void run(const uint8_t* x, int64_t stride, int64_t rows, const int8_t* weight, const int32_t* sums,
-                    int32_t zero_point, int64_t k, int32_t* out) {{
+                    int32_t zero_point, int64_t k, int64_t n, int32_t* out) {{
     qfuse::{class_name} microkernel(k, rows % 2);
     qfuse::Panel panel;
     alignas(64) int32_t start[64];
-    panel.data = weight;
-    panel.first = 0;
-    panel.columns = 64;
-    panel.rows = rows;
-    panel.tiles = 0;
-    panel.start = zero_point ? start : nullptr;
-    for (int j = 0; j < 64; ++j) {{
-        panel.column_sums[j] = sums[j];
-        start[j] = -zero_point * sums[j];
-    }}
     constexpr int64_t most = qfuse::{class_name}::max_rows;
     alignas(64) int32_t block[most * 64];
     qfuse::Part part;
     const auto store = [&](int64_t first, int64_t last, int64_t column) {{
         for (int64_t i = first; i < std::min(last, part.rows); ++i)
-            for (int64_t j = column; j < column + 32; ++j)
-                out[(part.row + i) * 64 + part.column + j] += part.sums[i * 64 + j];
+            for (int64_t j = column; j < std::min(column + 32, part.columns); ++j)
+                out[(part.row + i) * n + part.column + j] += block[i * 64 + j];
     }};
-    for (int64_t i = 0; i < rows; i += most)
-        microkernel({{x + i * stride, stride, i, std::min(most, rows - i)}}, panel, block, part, store);
+    for (panel.first = 0; panel.first < n; panel.first += 64) {{
+        panel.data = weight + panel.first * ((k + 63) / 64 * 64);
+        panel.columns = std::min<int64_t>(64, n - panel.first);
+        panel.rows = rows;
+        panel.tiles = 0;
+        panel.start = zero_point ? start : nullptr;
+        for (int64_t j = 0; j < 64; ++j) {{
+            panel.column_sums[j] = sums[std::min(panel.first + j, n - 1)];
+            start[j] = -zero_point * panel.column_sums[j];
+        }}
+        for (int64_t i = 0; i < rows; i += most)
+            microkernel({{x + i * stride, stride, i, std::min(most, rows - i)}}, panel, block, part, store);
+    }}
     qfuse::store_all(part, store);
 }}
 """
@@ -119,14 +120,14 @@ class Run:
     function: Callable[..., Any]
 
     def __call__(self, x: Tensor, w: Tensor, zero_point: int) -> Tensor:
-        """Multiply one panel."""
+        """Multiply x, [M, K], by the transpose of w, [N, K]."""
         (m, k), sums = x.shape, w.sum(1, dtype=torch.int32)
         packed = torch.ops.qfuse.pack_int8_weight(w)
-        out = torch.zeros((m, 64), dtype=torch.int32)  # where nothing is stored, or twice, is seen
+        out = torch.zeros((m, len(w)), dtype=torch.int32)  # where nothing is stored, or twice, is seen
         self.function(
             *(ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.stride(0)), ctypes.c_int64(m)),
             *(ctypes.c_void_p(packed.data_ptr()), ctypes.c_void_p(sums.data_ptr()), ctypes.c_int32(zero_point)),
-            *(ctypes.c_int64(k), ctypes.c_void_p(out.data_ptr())),
+            *(ctypes.c_int64(k), ctypes.c_int64(len(w)), ctypes.c_void_p(out.data_ptr())),
         )
         return out
 
@@ -146,6 +147,15 @@ def test_bits(run: Run) -> None:
         x = quantized(m, k + 5, run.rows)[:, :k]  # rows that are not next to each other
         operands = x, quantized(64, k), choose.choice([0, 128, 3])
         assert torch.equal(run(*operands), _expected(*operands)), (m, k)
+
+
+def test_panels(run: Run) -> None:
+    """Each part is stored once, whatever part comes next, and none beyond the last column."""
+    for m, n, k in itertools.product(
+        [1, 2, 3, 16, 17, 33, 34, 35, 49, 64, 98], [1, 31, 33, 64, 96, 97, 161], [64, 200]
+    ):
+        operands = quantized(m, k, run.rows), quantized(n, k), 3
+        assert torch.equal(run(*operands), _expected(*operands)), (m, n, k)
 
 
 def test_extremes(run: Run) -> None:

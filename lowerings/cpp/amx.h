@@ -46,15 +46,14 @@ class Amx {
                 std::memcpy(tail[i], x.data + i * x.stride + k_ / 64 * 64, k_ % 64);
             }
         }
-        // Tiles are stored when the part before has been.
         if (x.count > 16) {
             for (int64_t column = 0; column < w.columns; column += 32) {
                 two_by_two(x, w, column, tail[0], block, part, store);
-                part = {block, x.first, w.first + column, x.count, std::min<int64_t>(32, w.columns - column)};
+                part = {x.first, w.first + column, x.count, std::min<int64_t>(32, w.columns - column)};
             }
         } else {
             one_by_four(x, w, tail[0], block, part, store);
-            part = {block, x.first, w.first, x.count, w.columns};
+            part = {x.first, w.first, x.count, w.columns};
         }
     }
 
@@ -62,7 +61,7 @@ class Amx {
     static constexpr int64_t fewest_rows = 3;
 
     int64_t k_;
-    bool waits_; // with storing the part before: what AMX has just stored cannot be loaded yet
+    bool waits_; // for a step before more than 16 rows begin to store the part before: just stored by AMX, it cannot be loaded
     WithoutAmx<SIGNED> few_;
     bool granted_;
     int64_t configured_ = 0;
@@ -122,7 +121,7 @@ class Amx {
         _tile_loadd(3, of_3, 0);
     }
 
-    // Neither does it here, where nothing writes what is loaded.
+    // Neither does it here. The rows, the weight and `tail` were written before a function was called that is not inlined.
     QFUSE_TARGET_AMX __attribute__((always_inline)) static inline void multiply_two_by_two(
         const uint8_t* a, int64_t stride, const int8_t* b) {
         _tile_loadd(4, a, stride);

@@ -21,23 +21,10 @@ class Avx512Vnni {
     template <typename Store>
     void operator()(const Rows& x, Panel& w, int32_t* block, Part& part, const Store& store) const {
         store_all(part, store);
-        // 16 rows are 6 + 5 + 5, not 6 + 6 + 4: small tiles wait for the weight.
-        for (int64_t row = 0, tiles = (x.count + row_tile - 1) / row_tile; tiles > 0; --tiles) {
-            const int64_t rows = (x.count - row + tiles - 1) / tiles;
-            const uint8_t* from = x.data + row * x.stride;
-            int32_t* to = block + row * panel_columns;
-            const int64_t next = ahead(w);
-            switch (rows) {
-                case 1: tile<1>(from, x.stride, w, next, to); break;
-                case 2: tile<2>(from, x.stride, w, next, to); break;
-                case 3: tile<3>(from, x.stride, w, next, to); break;
-                case 4: tile<4>(from, x.stride, w, next, to); break;
-                case 5: tile<5>(from, x.stride, w, next, to); break;
-                default: tile<6>(from, x.stride, w, next, to); break;
-            }
-            row += rows;
-        }
-        part = {block, x.first, w.first, x.count, w.columns};
+        for_tiles_of_six(x.count, [&](int64_t row, auto rows) {
+            tile<rows>(x.data + row * x.stride, x.stride, w, ahead(w), block + row * panel_columns);
+        });
+        part = {x.first, w.first, x.count, w.columns};
     }
 
  private:

@@ -21,23 +21,11 @@ class AvxVnni {
     template <typename Store>
     void operator()(const Rows& x, const Panel& w, int32_t* block, Part& part, const Store& store) const {
         store_all(part, store);
-        for (int64_t row = 0, tiles = (x.count + row_tile - 1) / row_tile; tiles > 0; --tiles) {
-            const int64_t rows = (x.count - row + tiles - 1) / tiles;
-            const uint8_t* from = x.data + row * x.stride;
-            for (int64_t column = 0; column < panel_columns; column += 16) {
-                int32_t* to = block + row * panel_columns + column;
-                switch (rows) {
-                    case 1: tile<1>(from, x.stride, w, column, to); break;
-                    case 2: tile<2>(from, x.stride, w, column, to); break;
-                    case 3: tile<3>(from, x.stride, w, column, to); break;
-                    case 4: tile<4>(from, x.stride, w, column, to); break;
-                    case 5: tile<5>(from, x.stride, w, column, to); break;
-                    default: tile<6>(from, x.stride, w, column, to); break;
-                }
-            }
-            row += rows;
-        }
-        part = {block, x.first, w.first, x.count, w.columns};
+        for_tiles_of_six(x.count, [&](int64_t row, auto rows) {
+            for (int64_t column = 0; column < panel_columns; column += 16)
+                tile<rows>(x.data + row * x.stride, x.stride, w, column, block + row * panel_columns + column);
+        });
+        part = {x.first, w.first, x.count, w.columns};
     }
 
  private:

@@ -5,10 +5,10 @@
 //     Microkernel(int64_t k, bool stores_fast); // one for each thread; whether `store` takes little time
 //     void operator()(const Rows& x, Panel& w, int32_t* block, Part& part, const Store& store);
 //
-// which computes Σk x[i][k] · w[j][k] + start[j], modulo 2^32, in parts of the block: rows of 64 integers, max_rows of them.
-// `part` is the last one that was computed, maybe by the call before. store(first, last, column) stores, of these rows of it,
-// 32 columns from `column` on. Before another part takes its place, all of it has been stored, once: at once (`store_all`),
-// or meanwhile. The caller stores the very last one.
+// which computes Σk x[i][k] · w[j][k] + start[j], modulo 2^32, into the block: max_rows rows of 64 integers. `part` says what
+// of the result stands there: what was computed last, maybe by the call before. store(first, last, column) stores its rows
+// from `first` to `last`, as far as there are any, and 32 of its columns, from `column` on. Each part is stored once before
+// the next one is written over it, and named: at one time (`store_all`), or bit by bit. The caller stores the very last one.
 #ifndef QFUSE_BLOCK
 #define QFUSE_BLOCK
 // The first compilers with AMX and AVX-VNNI are GCC 11 and Clang 12; Inductor takes older ones.
@@ -44,17 +44,33 @@ struct Panel {
     alignas(64) int32_t column_sums[panel_columns];
 };
 
-// Sums of some rows and columns, counted in the whole result.
+// Some rows and columns, counted in the whole result.
 struct Part {
-    int32_t* sums; // of its first row; the next one is 64 integers behind
-    int64_t row, column;
-    int64_t rows = 0, columns = 0;
+    int64_t row = 0, column = 0, rows = 0, columns = 0;
 };
 
 template <typename Store>
 static inline void store_all(const Part& part, const Store& store) {
     for (int64_t column = 0; column < part.columns; column += stored_columns)
         store(0, part.rows, column);
+}
+
+// Calls tile(row, its number of rows as a constant) for tiles of up to six rows. 16 rows are 6 + 5 + 5, not 6 + 6 + 4: small
+// tiles wait for the weight.
+template <typename Tile>
+static inline void for_tiles_of_six(int64_t count, const Tile& tile) {
+    for (int64_t row = 0, tiles = (count + 5) / 6; tiles > 0; --tiles) {
+        const int64_t rows = (count - row + tiles - 1) / tiles;
+        switch (rows) {
+            case 1: tile(row, std::integral_constant<int, 1>()); break;
+            case 2: tile(row, std::integral_constant<int, 2>()); break;
+            case 3: tile(row, std::integral_constant<int, 3>()); break;
+            case 4: tile(row, std::integral_constant<int, 4>()); break;
+            case 5: tile(row, std::integral_constant<int, 5>()); break;
+            default: tile(row, std::integral_constant<int, 6>()); break;
+        }
+        row += rows;
+    }
 }
 
 // Four k of row i, as one integer: in memory, or, where K is not divisible by 4, the last ones filled up with zeros.

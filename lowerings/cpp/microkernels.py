@@ -43,7 +43,11 @@ MICROKERNELS = {
         ("avx512_vnni.h", "shifted.h", "amx_permission.h", "amx.h"),
         ("cstring", "immintrin.h", "type_traits", "vector", "sys/syscall.h", "unistd.h"),
     ),
-    Isa.AVX512_VNNI: Microkernel({torch.uint8: "Avx512Vnni"}, 48, ("avx512_vnni.h",), ("cstring", "immintrin.h")),
-    Isa.AVX_VNNI: Microkernel({torch.uint8: "AvxVnni"}, 48, ("portable.h", "avx_vnni.h"), ("cstring", "immintrin.h")),
-    Isa.NONE: Microkernel({torch.uint8: "Portable"}, 48, ("portable.h",), ("cstring",)),
+    Isa.AVX512_VNNI: Microkernel(
+        {torch.uint8: "Avx512Vnni"}, 48, ("avx512_vnni.h",), ("cstring", "immintrin.h", "type_traits")
+    ),
+    Isa.AVX_VNNI: Microkernel(
+        {torch.uint8: "AvxVnni"}, 48, ("portable.h", "avx_vnni.h"), ("cstring", "immintrin.h", "type_traits")
+    ),
+    Isa.NONE: Microkernel({torch.uint8: "Portable"}, 48, ("portable.h",), ("cstring", "type_traits")),
 }

@@ -26,7 +26,7 @@ class Portable {
             for (int64_t row = 0; row < x.count; row += row_tile)
                 add(x, row, k, length, columns, block);
         }
-        part = {block, x.first, w.first, x.count, w.columns};
+        part = {x.first, w.first, x.count, w.columns};
     }
 
  private:

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.engines import Compiled, compile_model, lowering_names, relative_error
 from benchmarks.linear_modules import Shape, Subject, flattened, quantized_inside, quantized_outside
-from benchmarks.probes import Peak, Reads
+from benchmarks.probes import Peak, Reads, peaks
 from benchmarks.profiling import kernels
 from benchmarks.results import BF16, STOCK, Case, Measured
 from benchmarks.timing import alternate
@@ -52,8 +52,7 @@ def measure(settings: Settings, say: Callable[[str], None] = lambda line: None) 
 
     say: called with what is done next.
     """
-    peaks = {name: Peak(name, settings.threads) for name in ("vnni", *(["amx"] if settings.amx else []))}
-    probes = {name: peak.measure for name, peak in peaks.items() if peak.available}
+    probes = peaks(settings.threads, amx=settings.amx)
     read = Reads(settings.memory_bytes, settings.threads)
     once = {"read": [read.measure() for _ in range(5)]}
     del read

@@ -13,7 +13,7 @@ from benchmarks.engine_process import EngineError, EngineProcess
 from benchmarks.engines import relative_error
 from benchmarks.model_engines import ENGINES
 from benchmarks.models import MODELS, make
-from benchmarks.probes import Peak
+from benchmarks.probes import peaks
 from benchmarks.results import Case, Measured
 
 WARM_UP_ROUNDS = 2
@@ -73,11 +73,11 @@ def measure(settings: Settings, say: Callable[[str], None] = lambda line: None) 
                     measured.absent = "not timed"
                     process.close()
             say(f"{title}: {settings.rounds} rounds")
-            peaks = [peak for name in ("vnni", "amx") if (peak := Peak(name, settings.threads)).available]
-            case.rates = {peak.name: [] for peak in peaks}
+            probes = peaks(settings.threads, amx=settings.isa == "native")
+            case.rates = {name: [] for name in probes}
             for done in range(WARM_UP_ROUNDS + settings.rounds):
-                for peak in peaks if done >= WARM_UP_ROUNDS else ():
-                    case.rates[peak.name].append(peak.measure())
+                for name, probe in probes.items() if done >= WARM_UP_ROUNDS else ():
+                    case.rates[name].append(probe())
                 for position in range(len(running)):
                     measured, process = running[(position + done) % len(running)]  # each is the first in some round
                     seconds = process.sample()

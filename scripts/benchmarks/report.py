@@ -12,21 +12,21 @@ from benchmarks.results import BF16, STOCK, Case, Measured, grouped
 from benchmarks.timing import quartiles, ratio
 
 _DISTURBED = (
-    "A round is undisturbed if each probe, a small C++ program that multiplies in registers, reached 90 % of its best: "
-    "neighbours on the same machine take the rest. "
+    " A round is undisturbed if each probe, a small C++ program that multiplies in registers, reached 90 % of its best: "
+    "neighbours on the same machine take the rest."
 )
 LEGEND = {
     "linear": (
         "GOP/s counts a multiplication and an addition as two. % is of what small C++ programs reached in the same "
         "rounds. GB/s: weights, activation and result, each once; for decode, weights. ×: times as fast, median of the "
         "rounds' ratios. error: relative Frobenius norm, against the same linear in float32. default: what qfuse "
-        "chooses. " + _DISTURBED
+        "chooses." + _DISTURBED
     ),
     "model": (
         "×: times as fast, median of the rounds' ratios. error: relative Frobenius norm of the output, against the "
         "model in float32, not compiled. compile: median, with caches that "
         "hold nothing of the model, the first call included; of ONNX Runtime and OpenVINO without the export, but with "
-        "quantization. " + _DISTURBED
+        "quantization." + _DISTURBED
     ),
 }
 PEAKS = {"vnni": "% VNNI", "amx": "% AMX"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -36,6 +37,12 @@ class Peak:
 
     def _run(self) -> float:
         return float(self._library.qfuse_probe_run(self.threads, ctypes.c_int64(self._steps)))
+
+
+def peaks(threads: int, *, amx: bool) -> dict[str, Callable[[], float]]:
+    """Return what measures the peak of each instruction of this CPU, by name. amx: whether its AMX counts."""
+    probes = [Peak(name, threads) for name in ("vnni", *(["amx"] if amx else []))]
+    return {peak.name: peak.measure for peak in probes if peak.available}
 
 
 class Reads:
