@@ -133,23 +133,31 @@ def test_model(monkeypatch: pytest.MonkeyPatch) -> None:
     assert table.row_count == 4
 
 
-def test_disturbed_rounds_are_told_apart() -> None:
+def test_disturbed_rounds_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks.report import linear_tables, model_tables
-    from benchmarks.results import BF16, Case, Measured
+    from benchmarks.results import BF16, Case, Measured, best_rates
 
     engines = [
         Measured("int8, qfuse", [1.0, 2.0, 1.2, 3.0]),
         Measured(BF16, [2.0, 2.0, 2.2, 3.0]),
         Measured("x", absent="y"),
     ]
-    case = Case("model", "models", 1, engines, {"vnni": [9.5, 10.0, 9.1, 9.6], "amx": [99.0, 50.0, 100.0, 60.0]}, 10)
-    undisturbed = case.undisturbed()
+    rates = {"vnni": [9.5, 10.0, 9.1, 9.6], "amx": [99.0, 50.0, 98.0, 60.0], "read": [1.0, 9.0, 9.0, 9.0]}
+    case = Case("model", "models", 1, engines, rates, 10)
+    slow = Case("slow", "models", 1, engines, {**rates, "amx": [60.0, 55.0, 58.0, 57.0]}, 10)
+    fast = Case("fast", "models", 1, engines, {"amx": [100.0]})
+    best = best_rates([case, slow, fast])
+    assert best == {"vnni": 10.0, "amx": 100.0}
+    assert case.undisturbed(best) is None  # two rounds say nothing
+    monkeypatch.setattr("benchmarks.results.FEWEST_UNDISTURBED", 2)
+    undisturbed = case.undisturbed(best)
     assert undisturbed is not None
     assert undisturbed.title == "in 2 undisturbed of 4 rounds"
     assert [engine.seconds for engine in undisturbed.engines] == [[1.0, 1.2], [2.0, 2.2], []]
-    assert undisturbed.rates == {"vnni": [9.5, 9.1], "amx": [99.0, 100.0]}
-    assert undisturbed.undisturbed() is None
-    assert Case("model", "models", 1, engines).undisturbed() is None
+    assert undisturbed.rates == {"vnni": [9.5, 9.1], "amx": [99.0, 98.0], "read": [1.0, 9.0]}
+    assert undisturbed.undisturbed(best) is None  # all of them are
+    assert slow.undisturbed(best) is None  # none is, though its own best is no better
+    assert Case("model", "models", 1, engines).undisturbed({}) is None
     assert [table.row_count for tables in (model_tables, linear_tables) for table in tables([case])] == [6, 8]
 
 

@@ -12,6 +12,7 @@ from producers import quantized
 from test_lowerings import CASES, Linears, _assert_equal_up_to_order
 from test_microkernels import _runs
 from torch import Tensor, nn
+from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
 from qfuse.isa import Isa
@@ -89,6 +90,9 @@ def test_functions_are_as_exact_as_what_is_stored(dtype: torch.dtype, stored: to
         _, (code,) = run_and_get_code(torch.compile(model), *model.inputs(5))
     used = set(re.findall(r"= qfuse::(\w*(?:erf|sigmoid|exp|div))\(", code))
     assert used == {f"{rough}{name}" for name in ("erf", "sigmoid", "exp")} | {"div"}
+    if pick_vec_isa().nelements(torch.float32) == 16:
+        assert "VectorizedN<int32_t,2>::loadu(block" in code
+        assert "Vectorized<int32_t>::loadu(block" not in code
 
 
 AMPLIFYING: dict[str, Callable[[Tensor], Tensor]] = {

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 
 import rich.box
 from rich.table import Table
 
-from benchmarks.results import BF16, STOCK, Case, Measured, grouped
+from benchmarks.results import BF16, STOCK, Case, Measured, best_rates, grouped
 from benchmarks.timing import quartiles, ratio
 
 _DISTURBED = (
-    " A round is undisturbed if each probe, a small C++ program that multiplies in registers, reached 90 % of its best: "
-    "neighbours on the same machine take the rest."
+    " A round is undisturbed if both probes, small C++ programs that multiply in registers, reached 90 % of their best "
+    "with as many threads: neighbours on the same machine take the rest."
 )
 LEGEND = {
     "linear": (
@@ -34,6 +34,7 @@ PEAKS = {"vnni": "% VNNI", "amx": "% AMX"}
 
 def linear_tables(cases: Sequence[Case]) -> Iterable[Table]:
     """Return one table for each number of threads and mode, with a section for each shape."""
+    best = _best(cases)
     for (threads, mode), group in grouped(cases):
         table = _table(
             f"linear, {mode}, {threads} thread{'s' * (threads > 1)}",
@@ -41,7 +42,7 @@ def linear_tables(cases: Sequence[Case]) -> Iterable[Table]:
             *("engine", "median µs", "quartiles", "GOP/s", *PEAKS.values(), "GB/s", "% read"),
             *("× stock int8", "× stock bf16", "error"),
         )
-        for case in _with_undisturbed(group):
+        for case in _with_undisturbed(group, best[threads]):
             for i, engine in enumerate(case.engines):
                 table.add_row(case.title if i == 0 else "", *_linear_row(case, engine))
             rates = ", ".join(f"{name} {_rate(name, values)}" for name, values in case.rates.items())
@@ -72,6 +73,7 @@ def _linear_row(case: Case, engine: Measured) -> list[str]:
 
 def model_tables(cases: Sequence[Case]) -> Iterable[Table]:
     """Return one table for each number of threads, with a section for each model."""
+    best = _best(cases)
     for (threads, _), group in grouped(cases):
         table = _table(
             f"models, {threads} thread{'s' * (threads > 1)}",
@@ -88,17 +90,21 @@ def model_tables(cases: Sequence[Case]) -> Iterable[Table]:
                 "/ stock int8",
             ),
         )
-        for case in _with_undisturbed(group):
+        for case in _with_undisturbed(group, best[threads]):
             for i, engine in enumerate(case.engines):
                 table.add_row(case.title if i == 0 else "", *_model_row(case, engine))
             table.add_section()
         yield table
 
 
-def _with_undisturbed(cases: Iterable[Case]) -> Iterable[Case]:
+def _best(cases: Sequence[Case]) -> dict[int, dict[str, float]]:
+    return {threads: best_rates(c for c in cases if c.threads == threads) for threads in {c.threads for c in cases}}
+
+
+def _with_undisturbed(cases: Iterable[Case], best: Mapping[str, float]) -> Iterable[Case]:
     for case in cases:
         yield case
-        if (undisturbed := case.undisturbed()) is not None:
+        if (undisturbed := case.undisturbed(best)) is not None:
             yield undisturbed
 
 

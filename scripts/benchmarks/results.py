@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,12 @@ from typing import Any
 #: The engines that others are compared with.
 STOCK, BF16 = "int8, stock", "bf16, stock"
 
-#: A round is disturbed in which a probe reached less than this share of its best.
+#: The probes that read no memory.
+INSTRUCTIONS = {"vnni", "amx"}
+
+#: A round is disturbed in which a probe of instructions reached less than this share of its best.
 UNDISTURBED = 0.9
+FEWEST_UNDISTURBED = 5  # rounds that say something
 
 
 @dataclass
@@ -55,17 +59,15 @@ class Case:
         """Return the engine of that name, if it ran."""
         return next((e for e in self.engines if e.engine == engine and e.seconds), None)
 
-    def undisturbed(self) -> Case | None:
-        """Return the rounds in which every probe was near its best, as a case; None if these are all or none.
+    def undisturbed(self, best: Mapping[str, float]) -> Case | None:
+        """Return the rounds in which every probe was near its best, as a case; None if these are all or hardly any.
 
         On a virtual machine, neighbours take a part of what the probes measure, for seconds or minutes.
+        best: of `best_rates`.
         """
-        if not self.rates:
-            return None
-        best = {name: max(rates) for name, rates in self.rates.items()}
-        rounds = len(next(iter(self.rates.values())))
-        kept = [i for i in range(rounds) if all(r[i] >= UNDISTURBED * best[name] for name, r in self.rates.items())]
-        if len(kept) in (0, rounds):
+        rounds = len(next(iter(self.rates.values()), []))
+        kept = [i for i in range(rounds) if all(self.rates[name][i] >= UNDISTURBED * best[name] for name in best)]
+        if not FEWEST_UNDISTURBED <= len(kept) < rounds:
             return None
         return replace(
             self,
@@ -92,6 +94,15 @@ def grouped(cases: Sequence[Case]) -> list[tuple[tuple[int, str], list[Case]]]:
     for case in cases:
         groups.setdefault((case.threads, case.mode), []).append(case)
     return list(groups.items())
+
+
+def best_rates(cases: Iterable[Case]) -> dict[str, float]:
+    """Return the best that each probe of instructions reached in all of these cases, which have as many threads."""
+    rates: dict[str, float] = {}
+    for case in cases:
+        for name in INSTRUCTIONS & case.rates.keys():
+            rates[name] = max(rates.get(name, 0), *case.rates[name])
+    return rates
 
 
 def save(runs: list[Run], path: Path) -> None:
