@@ -160,7 +160,7 @@ def test_threads(threads: int) -> None:
     try:
         model = Followed(FOLLOWING["residual"], torch.float32)
         compiled = torch.compile(model, dynamic=True)
-        for m in (400, 70, 2, 1):
+        for m in (3000, 400, 70, 2, 1):
             inputs = model.inputs(m)
             torch.testing.assert_close(compiled(*inputs), model(*inputs), rtol=1e-5, atol=1e-5)
     finally:

@@ -49,6 +49,19 @@ struct Part {
     int64_t row = 0, column = 0, rows = 0, columns = 0;
 };
 
+// What the threads have taken of a share of the work, in a cache line of its own.
+struct alignas(64) Share {
+    std::atomic<int64_t> taken{0};
+
+    // Return the number of a piece that nobody else has, or −1 where all of the `count` are taken.
+    int64_t take(int64_t count) {
+        if (taken.load(std::memory_order_relaxed) >= count)
+            return -1;
+        const int64_t piece = taken.fetch_add(1, std::memory_order_relaxed);
+        return piece < count ? piece : -1;
+    }
+};
+
 template <typename Store>
 static inline void store_all(const Part& part, const Store& store) {
     for (int64_t column = 0; column < part.columns; column += stored_columns)

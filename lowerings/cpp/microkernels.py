@@ -41,13 +41,13 @@ MICROKERNELS = {
         {torch.uint8: "Amx<false>", torch.int8: "Amx<true>"},
         32,
         ("avx512_vnni.h", "shifted.h", "amx_permission.h", "amx.h"),
-        ("cstring", "immintrin.h", "type_traits", "vector", "sys/syscall.h", "unistd.h"),
+        ("atomic", "cstring", "immintrin.h", "type_traits", "vector", "sys/syscall.h", "unistd.h"),
     ),
     Isa.AVX512_VNNI: Microkernel(
-        {torch.uint8: "Avx512Vnni"}, 48, ("avx512_vnni.h",), ("cstring", "immintrin.h", "type_traits")
+        {torch.uint8: "Avx512Vnni"}, 48, ("avx512_vnni.h",), ("atomic", "cstring", "immintrin.h", "type_traits")
     ),
     Isa.AVX_VNNI: Microkernel(
-        {torch.uint8: "AvxVnni"}, 48, ("portable.h", "avx_vnni.h"), ("cstring", "immintrin.h", "type_traits")
+        {torch.uint8: "AvxVnni"}, 48, ("portable.h", "avx_vnni.h"), ("atomic", "cstring", "immintrin.h", "type_traits")
     ),
-    Isa.NONE: Microkernel({torch.uint8: "Portable"}, 48, ("portable.h",), ("cstring", "type_traits")),
+    Isa.NONE: Microkernel({torch.uint8: "Portable"}, 48, ("portable.h",), ("atomic", "cstring", "type_traits")),
 }
