@@ -47,7 +47,7 @@ def fast_math(stored: Set[torch.dtype], used: Set[str]) -> Iterator[None]:
 
     def tiled(self: Any, *args: Any, **kwargs: Any) -> Any:
         factors, indices, stats = select(self, *args, **kwargs)
-        # One vector does not wait for the other, and both are one of bfloat16: a store instead of two with masks.
+        # Both vectors are one of bfloat16: a store instead of two with masks.
         is_one_vector = factors == [16] == [pick_vec_isa().nelements(torch.float32)]
         return [32] if is_one_vector else factors, indices, stats
 
