@@ -185,10 +185,25 @@ def test_extreme_values(dtype: torch.dtype) -> None:
         x, xs, other = model.inputs(64)
         other[:] = torch.linspace(-6, 6, other.numel()).view(64, 64)
         other[0, : len(values)] = torch.tensor(values)
-        result = torch.compile(model)(x, xs, other)
-        torch.testing.assert_close(
-            result, function(other.double()).to(dtype), rtol=tolerance, atol=1e-37, equal_nan=True
-        )
+        result, expected = torch.compile(model)(x, xs, other), function(other.double()).to(dtype)
+        torch.testing.assert_close(result, expected, rtol=tolerance, atol=1e-37, equal_nan=True)
+        zero = expected == 0
+        assert torch.equal(result[zero].signbit(), expected[zero].signbit())
+
+
+def test_quotients_are_those_of_the_instruction() -> None:
+    """To the bit, the sign of zero included, whatever is divided by what."""
+    positive = torch.logspace(-44, 38, 28).double().float()
+    values = torch.cat([positive, -positive, torch.tensor([0.0, -0.0, 1.0, 3.0, 1e-18, 1e18, float("inf"), float("nan")])])
+    model = Followed(lambda y, other: torch.where(y < 1e9, other, y) / other[:, :1], torch.float32, n=64)
+    x, xs, other = model.inputs(64)
+    for i in range(64):
+        other[i] = values.roll(-i)
+    result, (code,) = run_and_get_code(torch.compile(model), x, xs, other)
+    assert "= qfuse::div(" in code
+    expected = other / other[:, :1]
+    torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(result.signbit() & ~result.isnan(), expected.signbit() & ~expected.isnan())
 
 
 def test_rough_functions(monkeypatch: pytest.MonkeyPatch) -> None:

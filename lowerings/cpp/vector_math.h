@@ -119,12 +119,12 @@ static inline __m512 rough_exp_of(__m512 x) {
 }
 
 // a / b by one step of Newton's and one that corrects the rounding (Markstein 1990), in half the time of the instruction, and
-// as exact: of 24 million quotients, all were equal. By the instruction where the inverse or the quotient might overflow.
+// as exact: of 24 million quotients, all were equal. By the instruction where one of the two is so large or so small that
+// something might overflow or underflow; and where a is zero, whose sign the correction loses.
 static inline __m512 div_of(__m512 a, __m512 b) {
-    const __m512 size = _mm512_abs_ps(b), large = _mm512_set1_ps(1e18f);
-    const __mmask16 is_large = _mm512_cmp_ps_mask(size, _mm512_set1_ps(1e-18f), _CMP_GT_OQ);
-    const __mmask16 is_usual = _mm512_mask_cmp_ps_mask(is_large, _mm512_max_ps(size, _mm512_abs_ps(a)), large, _CMP_LT_OQ);
-    if (is_usual != 0xffff)
+    const __m512 x = _mm512_abs_ps(a), y = _mm512_abs_ps(b), small = _mm512_set1_ps(1e-18f), large = _mm512_set1_ps(1e18f);
+    const __mmask16 is_small_enough = _mm512_cmp_ps_mask(_mm512_max_ps(x, y), large, _CMP_LT_OQ);
+    if (_mm512_mask_cmp_ps_mask(is_small_enough, _mm512_min_ps(x, y), small, _CMP_GT_OQ) != 0xffff)
         return _mm512_div_ps(a, b);
     const __m512 rough = _mm512_rcp14_ps(b), error = _mm512_fnmadd_ps(b, rough, _mm512_set1_ps(1.0f));
     const __m512 inverse = _mm512_fmadd_ps(rough, error, rough), quotient = _mm512_mul_ps(a, inverse);
@@ -148,7 +148,7 @@ static inline __m512 tanh_of(__m512 x) {
     const __m512 one = _mm512_set1_ps(1.0f), two = _mm512_set1_ps(2.0f);
     const __m512 far = _mm512_sub_ps(one, _mm512_div_ps(two, _mm512_add_ps(exp_of(_mm512_mul_ps(two, t)), one)));
     const __mmask16 is_far = _mm512_cmp_ps_mask(t, _mm512_set1_ps(0.625f), _CMP_GT_OQ);
-    return _mm512_mask_mov_ps(near, is_far, _mm512_or_ps(far, sign));
+    return _mm512_or_ps(_mm512_mask_mov_ps(near, is_far, far), sign); // the polynomial loses the sign of zero
 }
 #endif
 
