@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from torch._inductor.runtime.benchmarking import benchmarker
 from torch.fx import Graph, GraphModule
 
 from qfuse.inductor import compile_frozen_graph, concrete, real_tensors
+from qfuse.isa import cpu_name
 from qfuse.problem import Problem
 from qfuse.provider import Provider
 
@@ -59,7 +59,7 @@ def _times(problem: Problem, providers: Sequence[Provider]) -> dict[Provider, fl
 
     choices: Any = [_Choice(provider) for provider in providers]  # any that have `hash_key` will do
     versions = f"torch {torch.__version__}, qfuse {source_hash()}"
-    key = f"{problem.cache_key()}, {platform.processor()} {torch.get_num_threads()} threads, {versions}"
+    key = f"{problem.cache_key()}, {cpu_name()}, {torch.get_num_threads()} threads, {versions}"
     times: dict[Any, float] = PersistentCache().lookup(choices, "qfuse::int8_linear", key, None)
     if len(times) < len(choices):
         measured: Any = _measured(problem, choices)

@@ -21,7 +21,7 @@ from qfuse import config
 from qfuse.config import is_enabled
 from qfuse.fusion_pass import FUSION_PASS
 from qfuse.inductor import compiler, freezing_setting, installed_passes
-from qfuse.isa import Isa, cpu_isa
+from qfuse.isa import Isa, cpu_isa, cpu_name
 from qfuse.problem import Problem
 from qfuse.reasons import Decline
 
@@ -53,7 +53,7 @@ def diagnosis() -> str:
 def _facts() -> Iterator[tuple[str, str]]:
     yield "versions", ", ".join([f"Python {platform.python_version()}", *_versions()])
     yield "system", platform.platform()
-    yield "CPU", f"{_cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    yield "CPU", f"{cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     yield "int8 ISA", cpu_isa().value
     yield "oneDNN", "available" if torch.backends.mkldnn.is_available() else "torch is built without it"
     for i in range(torch.cuda.device_count()):
@@ -127,13 +127,6 @@ def _requirement() -> str:
 def _is_supported(version: TorchVersion) -> bool:
     bounds = re.findall(r"(>=|<)([\d.]+)", _requirement())
     return all(version >= bound if sign == ">=" else version < bound for sign, bound in bounds)
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _compiler_version() -> str:

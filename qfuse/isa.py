@@ -5,7 +5,9 @@ from __future__ import annotations
 import enum
 import functools
 import os
+import platform
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
@@ -39,6 +41,15 @@ _UNDER_LIMIT = {
         frozenset({Isa.AVX512_VNNI, Isa.AVX_VNNI}),
     ),
 }
+
+
+@functools.cache
+def cpu_name() -> str:
+    """Return what the CPU's maker calls it, as far as the operating system tells."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 @functools.cache

@@ -9,9 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from producers import quantized
+from support import run_python
 from test_lowerings import CASES, Linears, _assert_equal_up_to_order
 from test_microkernels import _runs
 from torch import Tensor, nn
+from torch._inductor import config as inductor_config
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
@@ -84,12 +86,13 @@ def test_what_follows_is_fused(name: str, dtype: torch.dtype) -> None:
     ],
     ids=str,
 )
-def test_functions_are_as_exact_as_what_is_stored(dtype: torch.dtype, stored: torch.dtype, rough: str) -> None:
+def test_functions_are_chosen_by_what_is_stored(dtype: torch.dtype, stored: torch.dtype, rough: str) -> None:
     model = Followed(lambda y, _: (F.gelu(y) + torch.sigmoid(y) + F.silu(y)).to(stored), dtype)
     with fresh_cache():
         _, (code,) = run_and_get_code(torch.compile(model), *model.inputs(5))
     used = set(re.findall(r"= qfuse::(\w*(?:erf|sigmoid|exp|div))\(", code))
     assert used == {f"{rough}{name}" for name in ("erf", "sigmoid", "exp")} | {"div"}
+    assert bool(re.search(r"= qfuse::convert<(at::BFloat16|bfloat16)\b", code)) == (stored is torch.bfloat16)
     if pick_vec_isa().nelements(torch.float32) == 16:
         assert "VectorizedN<int32_t,2>::loadu(block" in code
         assert "Vectorized<int32_t>::loadu(block" not in code
@@ -143,6 +146,21 @@ def test_instruction_sets(isa: Isa, monkeypatch: pytest.MonkeyPatch) -> None:
         _assert_equal_up_to_order(result, reference)
 
 
+@pytest.mark.parametrize("isa", [isa for isa in (Isa.AVX_VNNI, Isa.NONE) if _runs(isa)], ids=lambda isa: isa.name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_shorter_vectors(isa: Isa, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What follows, as on a CPU without AVX-512."""
+    monkeypatch.setattr(template, "cpu_isa", lambda: isa)
+    model = Followed(lambda y, other: F.gelu(y) + F.silu(y) * torch.tanh(other) + y / (other**2 + 1), dtype)
+    inputs = model.inputs(37)
+    with inductor_config.patch({"cpp.simdlen": 256}), fresh_cache():
+        assert pick_vec_isa().nelements(torch.float32) == 8
+        result, (code,) = run_and_get_code(torch.compile(model), *inputs)
+    assert "= qfuse::div(" in code
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype is torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(result, model(*inputs), **tolerance)
+
+
 def test_one_compile_for_all_rows() -> None:
     model = Followed(FOLLOWING["gelu, reshape, residual"], torch.bfloat16)
     compiled = torch.compile(model, dynamic=True)
@@ -165,6 +183,23 @@ def test_threads(threads: int) -> None:
             torch.testing.assert_close(compiled(*inputs), model(*inputs), rtol=1e-5, atol=1e-5)
     finally:
         torch.set_num_threads(before)
+
+
+def test_fewer_threads_than_asked_for() -> None:
+    """OpenMP may give fewer; the others' shares are not left undone."""
+    run_python(
+        """
+        import torch
+        from test_cpp import FOLLOWING, Followed
+
+        torch.set_grad_enabled(False)
+        torch.set_num_threads(4)
+        model = Followed(FOLLOWING["residual"], torch.float32)
+        inputs = model.inputs(400)
+        torch.testing.assert_close(torch.compile(model)(*inputs), model(*inputs), rtol=1e-5, atol=1e-5)
+        """,
+        OMP_THREAD_LIMIT="1",
+    )
 
 
 DIVISIONS = (lambda x: (x + 9) / x, lambda x: x / (x + 1), lambda x: (x * 1e30) / 1e-30, lambda x: 1e-30 / (x * 1e30))
@@ -194,7 +229,8 @@ def test_extreme_values(dtype: torch.dtype) -> None:
 def test_quotients_are_those_of_the_instruction() -> None:
     """To the bit, the sign of zero included, whatever is divided by what."""
     positive = torch.logspace(-44, 38, 28).double().float()
-    values = torch.cat([positive, -positive, torch.tensor([0.0, -0.0, 1.0, 3.0, 1e-18, 1e18, float("inf"), float("nan")])])
+    others = torch.tensor([0.0, -0.0, 1.0, 3.0, 1e-18, 1e18, float("inf"), float("nan")])
+    values = torch.cat([positive, -positive, others])
     model = Followed(lambda y, other: torch.where(y < 1e9, other, y) / other[:, :1], torch.float32, n=64)
     x, xs, other = model.inputs(64)
     for i in range(64):

@@ -189,6 +189,32 @@ def test_compiles_for_any_cpu(case: Case, tmp_path: Path) -> None:
     _compile(case, tmp_path, "-c", "-march=x86-64")
 
 
+SHARE = """
+#include <thread>
+extern "C" int64_t taken_once(int64_t threads, int64_t count) {
+    std::vector<std::atomic<int64_t>> times(count);
+    qfuse::Share share;
+    std::vector<std::thread> running;
+    for (int64_t i = 0; i < threads; ++i)
+        running.emplace_back([&] {
+            for (int64_t piece; (piece = share.take(count)) >= 0;)
+                ++times[piece];
+        });
+    for (auto& thread : running)
+        thread.join();
+    return std::count(times.begin(), times.end(), 1);
+}
+"""
+
+
+def test_each_piece_of_a_share_is_taken_once(tmp_path: Path) -> None:
+    text = Case(Isa.AMX, torch.uint8).source + SHARE
+    library = ctypes.CDLL(str(_compile_text(text, tmp_path / "share", "-shared", "-pthread")))
+    library.taken_once.restype = ctypes.c_int64
+    for threads, count in ((1, 7), (2, 1), (8, 100_000)):
+        assert library.taken_once(ctypes.c_int64(threads), ctypes.c_int64(count)) == count
+
+
 @pytest.mark.parametrize("case", [c for c in CASES if c.isa in (Isa.AMX, Isa.AVX_VNNI)], ids=str)
 def test_old_compilers_get_another_kernel(case: Case, tmp_path: Path) -> None:
     """GCC 10 knows neither; what it compiles instead gives the same bits."""
@@ -203,7 +229,7 @@ def test_old_compilers_get_another_kernel(case: Case, tmp_path: Path) -> None:
     assert torch.equal(Run(case.rows, library.run)(*operands), _expected(*operands))
 
 
-@pytest.mark.skipif(not CASES[-1].runs, reason="the CPU has no AMX")
+@pytest.mark.skipif(not _runs(Isa.AVX512_VNNI), reason="the CPU has not what runs instead")
 @pytest.mark.parametrize("case", [case for case in CASES if case.isa is Isa.AMX], ids=str)
 def test_amx_that_linux_refuses(case: Case, tmp_path: Path) -> None:
     """Tiles have to be asked for; where Linux refuses, the kernel does without, and gives the same bits."""

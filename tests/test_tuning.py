@@ -66,6 +66,14 @@ def test_it_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose(linear_problem()) is first
 
 
+def test_another_cpu_measures_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache may be on a disk that several machines share."""
+    choose(linear_problem())
+    monkeypatch.setattr(tuning, "cpu_name", lambda: "another")
+    choose(linear_problem())
+    assert len(_times()) == 2
+
+
 def test_each_problem_by_itself() -> None:
     for facts in ({}, {"m": 6}, {"out_dtype": torch.float32}):
         choose(linear_problem(**facts))
