@@ -17,8 +17,8 @@ _DISTURBED = (
 )
 LEGEND = {
     "linear": (
-        "GOP/s counts a multiplication and an addition as two. % is of what small C++ programs reached in the same "
-        "rounds. GB/s: weights, activation and result, each once; for decode, weights. ×: times as fast, median of the "
+        "GOP/s counts a multiplication and an addition as two. % is of what small C++ programs reached: in the same "
+        "rounds, but reading only once before them where it is not a chain for one token. GB/s: weights, activation and result, each once; for decode, weights. ×: times as fast, median of the "
         "rounds' ratios. error: relative Frobenius norm, against the same linear in float32. default: what qfuse "
         "chooses." + _DISTURBED
     ),
@@ -46,7 +46,7 @@ def linear_tables(cases: Sequence[Case]) -> Iterable[Table]:
             for i, engine in enumerate(case.engines):
                 table.add_row(case.title if i == 0 else "", *_linear_row(case, engine))
             rates = ", ".join(f"{name} {_rate(name, values)}" for name, values in case.rates.items())
-            table.add_row("", f"[dim]at best: {rates}[/dim]" if rates else "", end_section=True)
+            table.add_row("", f"[dim]probes, median and best: {rates}[/dim]" if rates else "", end_section=True)
         yield table
 
 
@@ -158,7 +158,8 @@ def _compile_ratio(case: Case, engine: Measured) -> str:
 
 
 def _rate(name: str, values: Sequence[float]) -> str:
-    return f"{median(values) / 1e9:.1f} GB/s" if name == "read" else f"{median(values) / 1e9:.0f} GOP/s"
+    digits, unit = (1, "GB/s") if name == "read" else (0, "GOP/s")
+    return " and ".join(f"{rate / 1e9:.{digits}f}" for rate in (median(values), max(values))) + f" {unit}"
 
 
 def _number(value: float | None, form: str) -> str:
