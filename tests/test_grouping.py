@@ -98,7 +98,7 @@ def test_no_worse_than_the_graph() -> None:
 
 
 def test_kernels() -> None:
-    """One to quantize, and one for all three linears."""
+    """One to quantize, and one for all three linears: no op of ATen's or of ours, and no integers in memory."""
 
     class Attention(Heads):
         def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
@@ -109,7 +109,11 @@ def test_kernels() -> None:
     with fresh_cache(), qfuse.config.patch(fuse_attention=False), without_amx():
         _, (*_, code) = run_and_get_code(torch.compile(model), torch.randn(9, K, dtype=torch.bfloat16))
     assert code.count("Microkernel microkernel(K, ") == 1
-    calls = re.findall(r"^ +(cpp_fused\w+)\(", code.split("def call(")[1].split("runner =")[0], re.M)
+    body = code.split("def call(")[1].split("runner =")[0]
+    assert "extern_kernels._int_mm" not in body
+    assert "torch.int32" not in body
+    assert "qfuse" not in body
+    calls = re.findall(r"^ +(cpp_fused\w+)\(", body, re.M)
     assert_expected_inline(
         "\n".join(calls),
         """\

@@ -40,8 +40,11 @@ def prepare_process(options: argparse.Namespace) -> None:
 
     torch.set_num_threads(*options.threads)
     if options.isa != "native":
-        # oneDNN and MKL are limited by the environment; Inductor and torchao ask this function.
-        torch._C._cpu._is_amx_tile_supported = lambda: False
+        # oneDNN and MKL are limited by the environment; torchao asks the first of these, Inductor the second.
+        from torch._inductor.cpu_vec_isa import VecAMX, pick_vec_isa
+
+        torch._C._cpu._is_amx_tile_supported = torch.cpu._is_amx_tile_supported = lambda: False
+        assert not isinstance(pick_vec_isa(), VecAMX), "torch asks another function now"
     if options.profile:
         torch._inductor.config.cpp.enable_kernel_profile = True
     import qfuse
