@@ -18,8 +18,9 @@ _DISTURBED = (
 LEGEND = {
     "linear": (
         "GOP/s counts a multiplication and an addition as two. % is of what small C++ programs reached: in the same "
-        "rounds, but reading only once before them where it is not a chain for one token. GB/s: weights, activation and result, each once; for decode, weights. ×: times as fast, median of the "
-        "rounds' ratios. error: relative Frobenius norm, against the same linear in float32. default: what qfuse "
+        "rounds, but reading only once before them where it is not a chain for one token. GB/s: weights, activation "
+        "and result, each once; for decode, weights. ×: times as fast, median of the rounds' ratios. error: relative "
+        "Frobenius norm, against the same linear in float32. default: what qfuse "
         "chooses." + _DISTURBED
     ),
     "model": (
