@@ -45,12 +45,18 @@ def test_huge_pages() -> None:
 
 
 FAULTS = """
-    import resource, torch, qfuse
+    import ctypes, resource, torch, qfuse
+
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
 
     def faults():
         for _ in range(20):
-            results = [torch.ones(1 << 20) for _ in range(4)]
-            del results
+            blocks = [libc.malloc(18 << 20) for _ in range(3)]
+            for block in blocks:
+                ctypes.memset(block, 1, 18 << 20)
+            for block in blocks:
+                libc.free(ctypes.c_void_p(block))
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
     faults()
@@ -60,10 +66,13 @@ FAULTS = """
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
 def test_freed_memory_is_kept() -> None:
-    """16 MiB in each call."""
+    """54 MiB in each call, which is more than imports leave free and than glibc keeps by itself.
+
+    Not in tensors: each has a small block too, and where that lies above the large ones glibc cannot give these back.
+    """
     given_back, kept = (int(run_python(FAULTS, QFUSE=on).stdout) for on in ("0", "1"))
-    assert given_back > 20 * 1024
-    assert kept < 1024
+    assert given_back > 20 * 20  # huge pages, at least
+    assert kept < given_back / 20
 
 
 def test_linux_without_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
