@@ -241,6 +241,18 @@ def test_amx_that_linux_refuses(case: Case, tmp_path: Path) -> None:
         assert torch.equal(Run(case.rows, library.run)(*operands), _expected(*operands))
 
 
+@pytest.mark.skipif(not _runs(Isa.AVX512_VNNI), reason="the CPU has not the instructions")
+def test_one_or_two_rows_on_cpus_with_amx(tmp_path: Path) -> None:
+    """They read the weight in more places at once (`weight_streams`); other tests compile for CPUs without AMX."""
+    case = Case(Isa.AVX512_VNNI, torch.uint8)
+    assert "prefetcht0" not in _compile(case, tmp_path, "-S").read_text()
+    assert "prefetcht0" in _compile(case, tmp_path, "-S", "-D__AMX_TILE__=1").read_text()
+    library = ctypes.CDLL(str(_compile(case, tmp_path, "-shared", "-D__AMX_TILE__=1")))
+    for m, k in itertools.product((1, 2, 3, 7), (1, 4, 15, 16, 63, 64, 66, 128, 257, 1024)):
+        operands = quantized(m, k, case.rows), quantized(64, k), 128
+        assert torch.equal(Run(case.rows, library.run)(*operands), _expected(*operands)), (m, k)
+
+
 def test_fetches_are_not_left_out(tmp_path: Path) -> None:
     """GCC 12 removes a function that does nothing but fetch."""
     assembly = _compile(Case(Isa.AMX, torch.uint8), tmp_path, "-S").read_text()

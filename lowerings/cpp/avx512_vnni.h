@@ -11,6 +11,21 @@ QFUSE_TARGET_AVX512_VNNI __attribute__((always_inline)) static inline void dpbus
     __asm__ volatile("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(row), "v"(column));
 }
 
+// How one or two rows, which read more weight than they compute, read it: K is cut into so many streams, which fetch so far
+// ahead, in bytes. What is best is the memory's, not the instruction's: a Xeon with AMX reads memory faster in four places
+// than in one, and Zen 4, which has no AMX, is slowed down by fetching into the first-level cache.
+#ifdef __AMX_TILE__
+template <int ROWS>
+constexpr int weight_streams = 4 / ROWS;
+constexpr int64_t weight_ahead = 1024;
+constexpr auto weight_hint = _MM_HINT_T0;
+#else
+template <int ROWS>
+constexpr int weight_streams = 2;
+constexpr int64_t weight_ahead = 2048;
+constexpr auto weight_hint = _MM_HINT_T1;
+#endif
+
 class Avx512Vnni {
  public:
     static constexpr int64_t row_tile = 6;
@@ -43,15 +58,12 @@ class Avx512Vnni {
     template <int ROWS>
     QFUSE_TARGET_AVX512_VNNI __attribute__((noinline)) void tile(
         const uint8_t* a, int64_t stride, const Panel& w, int64_t ahead, int32_t* out) const {
-        // Few rows read more weight than they compute. Then K is cut into streams, each with sums of its own, that fetch
-        // 1 KiB ahead: memory is read faster in several places at once. At its end, a stream fetches where it will begin
-        // in the panel behind.
-        constexpr int STREAMS = ROWS <= 2 ? 4 / ROWS : 1;
-        constexpr int64_t fetched = 1024;
+        // Each stream has sums of its own. At its end it fetches where it will begin in the panel behind.
+        constexpr int STREAMS = ROWS <= 2 ? weight_streams<ROWS> : 1;
         if (STREAMS > 1)
-            ahead = fetched;
+            ahead = weight_ahead;
         const int8_t* b = w.data;
-        const int64_t part = k_ / 4 / STREAMS * 4, usual = STREAMS > 1 ? std::max<int64_t>(0, part - fetched / 64) : part;
+        const int64_t part = k_ / 4 / STREAMS * 4, usual = STREAMS > 1 ? std::max<int64_t>(0, part - weight_ahead / 64) : part;
         const uint8_t* const end = a + k_ / 4 * 4;
         const Tail<ROWS> last(a, stride, k_); // before there are accumulators, which calls would spill
         __m512i acc[STREAMS][ROWS][4];
@@ -101,7 +113,7 @@ class Avx512Vnni {
             column[j] = _mm512_loadu_si512(b + 64 * j);
             if (j < LINES)
                 _mm_prefetch(
-                    reinterpret_cast<const char*>(b) + 64 * j + ahead, ROWS <= 2 ? _MM_HINT_T0 : _MM_HINT_T1);
+                    reinterpret_cast<const char*>(b) + 64 * j + ahead, ROWS <= 2 ? weight_hint : _MM_HINT_T1);
         }
 #pragma GCC unroll 6
         for (int i = 0; i < ROWS; ++i) {
