@@ -222,7 +222,7 @@ def heads(batch: int, count: int, rows: int, size: int, dtype: torch.dtype = tor
     [
         (True, torch.bfloat16, {3: None, 4: "Amx", 70: "Amx", "shared 4": "FewQueries", "shared 6": "Amx"}),
         (True, torch.float16, {15: None, 16: "Avx512", "shared 8": "FewQueries", "shared 10": None}),
-        (False, torch.bfloat16, {15: None, 16: "Avx512", "shared 8": "FewQueries", "shared 10": None}),
+        (False, torch.bfloat16, {15: None, 16: "Avx512Bf16", "shared 8": "FewQueries", "shared 10": None}),
         (False, torch.float32, {63: None, 64: "Avx512", "shared 8": None}),
     ],
     ids=str,
@@ -233,6 +233,7 @@ def test_kernels(
     """By how many queries share a head of keys: of one head, or "shared" by two."""
     monkeypatch.setattr(lowering, "_has_amx", lambda: has_amx)
     monkeypatch.setattr(lowering, "_has_avx512", lambda: True)
+    monkeypatch.setattr(lowering, "_multiplies_bfloat16_fast", lambda: True)
     for queries, name in chosen.items():
         groups, rows = (1, queries) if isinstance(queries, int) else (2, int(queries.split()[1]) // 2)
         kernel = lowering.kernel_for(torch.empty(1, 4 * groups, rows, 32, dtype=dtype), torch.empty(1, 4, 9, 32))
@@ -265,15 +266,18 @@ SIZES = [
 ]
 
 
-AMX, AVX512 = "AmxAttention", "Avx512Attention"
+AMX, AVX512, AVX512_BF16 = "AmxAttention", "Avx512Attention", "Avx512Bf16Attention"
 
 
-@pytest.fixture(params=[AMX, AVX512])
+@pytest.fixture(params=[AMX, AVX512, AVX512_BF16])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The kernel that runs, whether it would be chosen or not."""
     if request.param == AMX and not lowering._has_amx():
         pytest.skip("this machine has no AMX")
-    chosen = {AMX: lowering._AMX, AVX512: lowering._AVX512}[request.param]
+    if request.param == AVX512_BF16 and not torch.cpu.get_capabilities().get("avx512_bf16"):
+        pytest.skip("this machine has no AVX-512 BF16")
+    kernels = {AMX: lowering._AMX, AVX512: lowering._AVX512, AVX512_BF16: lowering._AVX512_BF16}
+    chosen = kernels[request.param]
     monkeypatch.setattr(lowering, "kernel_for", lambda q, k: chosen)
     monkeypatch.setattr(lowering, "_reference", None)  # which would run if the kernel failed
     torch._dynamo.reset()
@@ -299,7 +303,13 @@ class TestKernel:
     @pytest.mark.parametrize("sizes", SIZES, ids=str)
     @pytest.mark.parametrize(
         ("kernel", "dtype"),
-        [(AMX, torch.bfloat16), (AVX512, torch.float32), (AVX512, torch.bfloat16), (AVX512, torch.float16)],
+        [
+            (AMX, torch.bfloat16),
+            (AVX512_BF16, torch.bfloat16),
+            (AVX512, torch.float32),
+            (AVX512, torch.bfloat16),
+            (AVX512, torch.float16),
+        ],
         ids=str,
         indirect=["kernel"],
     )
@@ -320,7 +330,7 @@ class TestKernel:
             (torch.randn(keys, rows).t(), True, None),
             (of_rows, False, None),
         ]
-        some = cases[:2] if size != 64 else cases if kernel == AMX or dtype is torch.float32 else cases[2:3]
+        some = cases[:2] if size != 64 else cases if kernel != AVX512 or dtype is torch.float32 else cases[2:3]
         for mask, is_causal, scale in some:
             check(run(q, k, v, mask, is_causal, scale), q, k, v, mask, is_causal, scale)
 
