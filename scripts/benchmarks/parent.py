@@ -28,6 +28,8 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
         print(f"qfuse: {missing}", file=sys.stderr)
         return 1
     before = os.getloadavg()[0]  # before our own processes add to it
+    name = options.command if options.isa == "native" else f"{options.command}_{options.isa}"
+    name += "_cuda" * on_gpu
     runs: list[Run] = []
     failed = 0
     with tempfile.TemporaryDirectory() as directory:
@@ -36,13 +38,13 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
             if status := _worker(threads, results, options.isa, arguments):
                 print(f"qfuse: the process that measured {threads} threads ended with {status}.", file=sys.stderr)
                 failed = 1
-            runs += load(results) if results.exists() else []
+            if results.exists():
+                runs += load(results)
+                save(runs, options.out / f"{name}.json")  # so it is not lost if the rest is
     if not runs:
         return 1
     if before > QUIET:
         runs[0].notes.append(f"Other processes were running (load average {before:.2f}): these times mean little.")
-    name = options.command if options.isa == "native" else f"{options.command}_{options.isa}"
-    name += "_cuda" * on_gpu
     save(runs, options.out / f"{name}.json")
     cases = [case for run in runs for case in run.cases]
     screen = Console()
