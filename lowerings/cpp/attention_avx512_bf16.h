@@ -1,5 +1,5 @@
 // Attention of bfloat16 by AVX-512: `vdpbf16ps` on 16 columns and two of the depth at once, for 8 rows by 32 columns, half of the
-// registers.
+// registers. Of a tile, rows behind the last are computed from whatever stands there, and not stored.
 #ifndef QFUSE_ATTENTION_AVX512_BF16
 #define QFUSE_ATTENTION_AVX512_BF16
 namespace qfuse {

@@ -13,7 +13,8 @@ QFUSE_TARGET_AVX512_VNNI __attribute__((always_inline)) static inline void dpbus
 
 // How one or two rows, which read more weight than they compute, read it: K is cut into so many streams, which fetch so far
 // ahead, in bytes. What is best is the memory's, not the instruction's: a Xeon with AMX reads memory faster in four places
-// than in one, and Zen 4, which has no AMX, is slowed down by fetching into the first-level cache.
+// than in one, and Zen 4, which has no AMX, is slowed down by fetching into the first-level cache. (Inductor compiles for the
+// CPU it runs on.)
 #ifdef __AMX_TILE__
 template <int ROWS>
 constexpr int weight_streams = 4 / ROWS;
