@@ -218,22 +218,28 @@ def heads(batch: int, count: int, rows: int, size: int, dtype: torch.dtype = tor
 
 
 @pytest.mark.parametrize(
-    ("has_amx", "dtype", "chosen"),
+    ("has_amx", "is_fast", "dtype", "chosen"),
     [
-        (True, torch.bfloat16, {3: None, 4: "Amx", 70: "Amx", "shared 4": "FewQueries", "shared 6": "Amx"}),
-        (True, torch.float16, {15: None, 16: "Avx512", "shared 8": "FewQueries", "shared 10": None}),
-        (False, torch.bfloat16, {15: None, 16: "Avx512Bf16", "shared 8": "FewQueries", "shared 10": None}),
-        (False, torch.float32, {63: None, 64: "Avx512", "shared 8": None}),
+        (True, False, torch.bfloat16, {3: None, 4: "Amx", 70: "Amx", "shared 4": "FewQueries", "shared 6": "Amx"}),
+        (True, False, torch.float16, {15: None, 16: "Avx512", "shared 8": "FewQueries", "shared 10": None}),
+        (False, False, torch.bfloat16, {15: None, 16: "Avx512", "shared 8": "FewQueries", "shared 10": None}),
+        (False, True, torch.bfloat16, {15: None, 16: "Avx512Bf16", "shared 8": "FewQueries", "shared 10": None}),
+        (False, True, torch.float16, {15: None, 16: "Avx512"}),
+        (False, True, torch.float32, {63: None, 64: "Avx512", "shared 8": None}),
     ],
     ids=str,
 )
 def test_kernels(
-    has_amx: bool, dtype: torch.dtype, chosen: dict[int | str, str | None], monkeypatch: pytest.MonkeyPatch
+    has_amx: bool,
+    is_fast: bool,
+    dtype: torch.dtype,
+    chosen: dict[int | str, str | None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By how many queries share a head of keys: of one head, or "shared" by two."""
+    """By how many queries share a head of keys: of one head, or "shared" by two. is_fast: at multiplying bfloat16."""
     monkeypatch.setattr(lowering, "_has_amx", lambda: has_amx)
     monkeypatch.setattr(lowering, "_has_avx512", lambda: True)
-    monkeypatch.setattr(lowering, "_multiplies_bfloat16_fast", lambda: True)
+    monkeypatch.setattr(lowering, "_multiplies_bfloat16_fast", lambda: is_fast)
     for queries, name in chosen.items():
         groups, rows = (1, queries) if isinstance(queries, int) else (2, int(queries.split()[1]) // 2)
         kernel = lowering.kernel_for(torch.empty(1, 4 * groups, rows, 32, dtype=dtype), torch.empty(1, 4, 9, 32))

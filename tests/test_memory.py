@@ -72,7 +72,7 @@ def test_freed_memory_is_kept() -> None:
     """
     given_back, kept = (int(run_python(FAULTS, QFUSE=on).stdout) for on in ("0", "1"))
     assert given_back > 20 * 20  # huge pages, at least
-    assert kept < given_back / 20
+    assert kept < min(1024, given_back / 20)
 
 
 def test_linux_without_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,7 @@ class Avx512Attention {
 
     float* scores(int64_t first, int64_t count) {
         for (int64_t key = 0; key < count; key += panel)
-            for (int64_t row = 0; row < count_; row += tile)
+            for (int64_t row = 0; row < count_; row += sums_rows)
                 multiply(q_[row], padded_head, k_.data() + (first + key) * D, D, true, scores_[row] + key, score_stride);
         return scores_[0];
     }
@@ -52,7 +52,7 @@ class Avx512Attention {
 
     void add(int64_t first, int64_t count, bool is_first, float* sums) const {
         for (int64_t d = 0; d < padded_head; d += panel)
-            for (int64_t row = 0; row < count_; row += tile)
+            for (int64_t row = 0; row < count_; row += sums_rows)
                 multiply(
                     scores_[row], score_stride, v_.data() + d * capacity_ + first * panel, count, is_first,
                     sums + row * padded_head + d, padded_head);
@@ -61,8 +61,6 @@ class Avx512Attention {
     void store(const float* sums, float factor, T* out) const { store_multiplied<D>(sums, factor, out); }
 
  private:
-    static constexpr int64_t tile = 8; // rows of one multiplication: with 32 columns, half of the registers
-
     const int64_t capacity_;
     Buffer<float> k_, v_;
     int64_t count_ = 0;
@@ -89,14 +87,14 @@ class Avx512Attention {
         const float* a, int64_t a_stride, const float* b, int64_t depth, bool is_first, float* out, int64_t out_stride) {
         if (sizeof(T) < 4)
             return multiply_part(a, a_stride, b, depth, is_first, out, out_stride);
-        alignas(64) float sums[tile][panel];
+        alignas(64) float sums[sums_rows][panel];
         float* const to = is_first ? out : sums[0];
         for (int64_t k = 0; k < depth; k += 16)
             multiply_part(
                 a + k, a_stride, b + k * panel, std::min<int64_t>(16, depth - k), k == 0, to, is_first ? out_stride : panel);
         if (is_first)
             return;
-        for (int64_t i = 0; i < tile; ++i)
+        for (int64_t i = 0; i < sums_rows; ++i)
             for (int64_t j = 0; j < panel; j += 16) {
                 float* const sum = out + i * out_stride + j;
                 _mm512_store_ps(sum, _mm512_add_ps(_mm512_load_ps(sum), _mm512_load_ps(sums[i] + j)));
@@ -105,28 +103,18 @@ class Avx512Attention {
 
     QFUSE_TARGET_AVX512 __attribute__((noinline)) static void multiply_part(
         const float* a, int64_t a_stride, const float* b, int64_t depth, bool is_first, float* out, int64_t out_stride) {
-        __m512 sums[tile][2];
-#pragma GCC unroll 8
-        for (int i = 0; i < tile; ++i)
-#pragma GCC unroll 2
-            for (int j = 0; j < 2; ++j)
-                sums[i][j] = _mm512_setzero_ps();
+        Sums sums;
+        clear(sums);
         for (int64_t k = 0; k < depth; ++k, b += panel) {
             const __m512 left = _mm512_load_ps(b), right = _mm512_load_ps(b + 16);
 #pragma GCC unroll 8
-            for (int i = 0; i < tile; ++i) {
+            for (int i = 0; i < sums_rows; ++i) {
                 const __m512 one = _mm512_set1_ps(a[i * a_stride + k]);
                 sums[i][0] = _mm512_fmadd_ps(one, left, sums[i][0]);
                 sums[i][1] = _mm512_fmadd_ps(one, right, sums[i][1]);
             }
         }
-#pragma GCC unroll 8
-        for (int i = 0; i < tile; ++i)
-#pragma GCC unroll 2
-            for (int j = 0; j < 2; ++j) {
-                float* to = out + i * out_stride + 16 * j;
-                _mm512_store_ps(to, is_first ? sums[i][j] : _mm512_add_ps(_mm512_load_ps(to), sums[i][j]));
-            }
+        add_sums(sums, is_first, out, out_stride);
     }
 };
 

@@ -14,7 +14,7 @@ class Avx512Bf16Attention : public Bf16Attention<T, D> {
 
     float* scores(int64_t first, int64_t count) {
         for (int64_t key = 0; key < count; key += 32)
-            for (int64_t row = 0; row < count_; row += tile)
+            for (int64_t row = 0; row < count_; row += sums_rows)
                 multiply(
                     q_ + row * padded_head, padded_head, k_.data() + (first + key) * padded_head, padded_head * 16, 512,
                     padded_head, true, scores_ + row * score_stride + key, score_stride);
@@ -25,32 +25,26 @@ class Avx512Bf16Attention : public Bf16Attention<T, D> {
     void add(int64_t first, int64_t count, bool is_first, float* sums) const {
         const auto* weights = reinterpret_cast<const uint16_t*>(scores_);
         for (int64_t d = 0; d < padded_head; d += 32)
-            for (int64_t row = 0; row < count_; row += tile)
+            for (int64_t row = 0; row < count_; row += sums_rows)
                 multiply(
                     weights + row * 2 * score_stride, 2 * score_stride, v_.data() + first * padded_head + d * 32, 512,
                     padded_head * 32, count, is_first, sums + row * padded_head + d, padded_head);
     }
 
  private:
-    static constexpr int64_t tile = 8;
-
     // out[8][32] (+)= a[8][depth] · b[depth][32]. b: tiles of 32 of the depth by 16 columns; `right` and `down` are the distances
     // of the tile of the next columns, and of the next 32 of the depth. Not added up in `out` one by one: shorter sums are more
     // exact.
     QFUSE_TARGET_BF16 __attribute__((noinline)) static void multiply(
         const uint16_t* a, int64_t a_stride, const uint16_t* b, int64_t right, int64_t down, int64_t depth, bool is_first,
         float* out, int64_t out_stride) {
-        __m512 sums[tile][2];
-#pragma GCC unroll 8
-        for (int i = 0; i < tile; ++i)
-#pragma GCC unroll 2
-            for (int j = 0; j < 2; ++j)
-                sums[i][j] = _mm512_setzero_ps();
+        Sums sums;
+        clear(sums);
         for (int64_t k = 0; k < depth; k += 32, b += down)
             for (int64_t pair = 0; pair < 32; pair += 2) {
                 const __m512i columns[] = {_mm512_load_si512(b + 16 * pair), _mm512_load_si512(b + right + 16 * pair)};
 #pragma GCC unroll 8
-                for (int i = 0; i < tile; ++i) {
+                for (int i = 0; i < sums_rows; ++i) {
                     int32_t two;
                     std::memcpy(&two, a + i * a_stride + k + pair, 4);
 #pragma GCC unroll 2
@@ -58,13 +52,7 @@ class Avx512Bf16Attention : public Bf16Attention<T, D> {
                         sums[i][j] = _mm512_dpbf16_ps(sums[i][j], (__m512bh)_mm512_set1_epi32(two), (__m512bh)columns[j]);
                 }
             }
-#pragma GCC unroll 8
-        for (int i = 0; i < tile; ++i)
-#pragma GCC unroll 2
-            for (int j = 0; j < 2; ++j) {
-                float* to = out + i * out_stride + 16 * j;
-                _mm512_store_ps(to, is_first ? sums[i][j] : _mm512_add_ps(_mm512_load_ps(to), sums[i][j]));
-            }
+        add_sums(sums, is_first, out, out_stride);
     }
 };
 

@@ -37,6 +37,29 @@ QFUSE_TARGET_AVX512 static inline void store_multiplied(const float* from, float
         store_floats(to + d, first_lanes16(D - d), _mm512_mul_ps(_mm512_loadu_ps(from + d), _mm512_set1_ps(by)));
 }
 
+// 8 rows by 32 columns of sums, half of the registers.
+constexpr int64_t sums_rows = 8;
+using Sums = __m512[sums_rows][2];
+
+QFUSE_INLINE_AVX512 void clear(Sums& sums) {
+#pragma GCC unroll 8
+    for (int i = 0; i < sums_rows; ++i)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; ++j)
+            sums[i][j] = _mm512_setzero_ps();
+}
+
+// out (+)= sums. is_first: nothing stands in `out`.
+QFUSE_INLINE_AVX512 void add_sums(const Sums& sums, bool is_first, float* out, int64_t out_stride) {
+#pragma GCC unroll 8
+    for (int i = 0; i < sums_rows; ++i)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; ++j) {
+            float* to = out + i * out_stride + 16 * j;
+            _mm512_store_ps(to, is_first ? sums[i][j] : _mm512_add_ps(_mm512_load_ps(to), sums[i][j]));
+        }
+}
+
 struct Maximum {
     QFUSE_TARGET_AVX512 __m512 operator()(__m512 a, __m512 b) const { return _mm512_max_ps(a, b); }
 };
