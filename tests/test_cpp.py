@@ -87,11 +87,12 @@ def test_what_follows_is_fused(name: str, dtype: torch.dtype) -> None:
     ids=str,
 )
 def test_functions_are_chosen_by_what_is_stored(dtype: torch.dtype, stored: torch.dtype, rough: str) -> None:
-    model = Followed(lambda y, _: (F.gelu(y) + torch.sigmoid(y) + F.silu(y)).to(stored), dtype)
+    model = Followed(lambda y, _: (F.gelu(y) + torch.erf(y) + torch.sigmoid(y) + F.silu(y)).to(stored), dtype)
     with fresh_cache():
         _, (code,) = run_and_get_code(torch.compile(model), *model.inputs(5))
-    used = set(re.findall(r"= qfuse::(\w*(?:erf|sigmoid|exp|div))\(", code))
-    assert used == {f"{rough}{name}" for name in ("erf", "sigmoid", "exp")} | {"div"}
+    used = set(re.findall(r"= qfuse::(\w*(?:gelu|erf|sigmoid|exp|div))\(", code))
+    functions = ("gelu", "erf", "sigmoid", "exp") if rough else ("erf", "sigmoid", "exp")
+    assert used == {f"{rough}{name}" for name in functions} | {"div"}
     assert bool(re.search(r"= qfuse::convert<(at::BFloat16|bfloat16)\b", code)) == (stored is torch.bfloat16)
     if pick_vec_isa().nelements(torch.float32) == 16:
         assert "VectorizedN<int32_t,2>::loadu(block" in code
@@ -240,6 +241,50 @@ def test_quotients_are_those_of_the_instruction() -> None:
     expected = other / other[:, :1]
     torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(result.signbit() & ~result.isnan(), expected.signbit() & ~expected.isnan())
+
+
+ROOT = 0.7071067811865476
+
+NOT_GELU: dict[str, Callable[[Tensor], Tensor]] = {
+    "another constant": lambda y: y * 0.5 * (torch.erf(y * 0.7071) + 1),
+    "half of another": lambda y: (y + 2) * 0.5 * (torch.erf(y * ROOT) + 1),
+    "erf of another": lambda y: y * 0.5 * (torch.erf((y + 2) * ROOT) + 1),
+    "minus": lambda y: y * 0.5 * (torch.erf(y * ROOT) - 1),
+    "a sum": lambda y: y * 0.5 + (torch.erf(y * ROOT) + 1),
+    "not by half": lambda y: y * 0.25 * (torch.erf(y * ROOT) + 1),
+    "tanh": lambda y: y * 0.5 * (torch.tanh(y * ROOT) + 1),
+}
+
+
+@pytest.mark.parametrize("name", NOT_GELU)
+def test_what_is_not_gelu(name: str) -> None:
+    """GELU's function replaces exactly its formula."""
+    model = Followed(lambda y, _: NOT_GELU[name](y), torch.bfloat16)
+    inputs = model.inputs(5)
+    with fresh_cache():
+        result, (code,) = run_and_get_code(torch.compile(model), *inputs)
+    assert "= qfuse::rough_gelu(" not in code
+    torch.testing.assert_close(result, model(*inputs), rtol=0.05, atol=0.05)
+
+
+def test_rough_gelu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In whichever order it is written, and where what it is made of is used otherwise."""
+    monkeypatch.setattr(template, "fast_math", lambda stored, used: fast_math({torch.bfloat16}, {"erf"}))
+    orders: list[Callable[[Tensor], Tensor]] = [
+        F.gelu,
+        lambda y: (1 + torch.erf(ROOT * y)) * (0.5 * y),
+        lambda y: (1 + torch.erf(y * ROOT)) * (y * 0.5) + 0 * torch.erf(y * ROOT),
+    ]
+    specials = torch.tensor([0.0, -0.0, float("nan"), 1e30, -1e30, 1e-30, -1e-30])
+    for order in orders:
+        model = Followed(lambda y, other, f=order: f(torch.where(y < 1e9, other, y)), torch.float32, n=64)  # type: ignore[misc]
+        x, xs, _ = model.inputs(1000)
+        other = torch.linspace(-9, 9, 64000).view(1000, 64)
+        other[0, : len(specials)] = specials
+        result, (code,) = run_and_get_code(torch.compile(model), x, xs, other)
+        assert "= qfuse::rough_gelu(" in code
+        exact = (torch.special.ndtr(other.double()) * other.double()).float()
+        torch.testing.assert_close(result, exact, rtol=2e-6, atol=2e-6, equal_nan=True)
 
 
 def test_rough_functions(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,16 +94,16 @@ class Amx {
     class Between {
      public:
         Between(const Part& part, const Store& store, int64_t steps)
-            : store_(store), rows_a_step_((max_rows + steps - 1) / steps) {
+            : store_(store), rows_(part.rows), rows_a_step_((max_rows + steps - 1) / steps) {
             for (int64_t column = stored_columns; column < part.columns; column += stored_columns)
-                store(0, max_rows, column); // of 16 rows or fewer, which have 64 columns
+                store(0, rows_, column); // of 16 rows or fewer, which have 64 columns
         }
-        __attribute__((always_inline)) inline void step() { store_to(std::min(max_rows, row_ + rows_a_step_)); }
-        __attribute__((always_inline)) inline void rest() { store_to(max_rows); }
+        __attribute__((always_inline)) inline void step() { store_to(std::min(rows_, row_ + rows_a_step_)); }
+        __attribute__((always_inline)) inline void rest() { store_to(rows_); }
 
      private:
         const Store& store_;
-        int64_t row_ = 0, rows_a_step_;
+        int64_t row_ = 0, rows_, rows_a_step_;
         __attribute__((always_inline)) inline void store_to(int64_t row) {
             if (row_ < row)
                 store_(row_, row, 0);

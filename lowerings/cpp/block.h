@@ -7,7 +7,7 @@
 //
 // which computes Σk x[i][k] · w[j][k] + start[j], modulo 2^32, into the block: max_rows rows of 64 integers. `part` says what
 // of the result stands there: what was computed last, maybe by the call before. store(first, last, column) stores its rows
-// from `first` to `last`, as far as there are any, and 32 of its columns, from `column` on. Each part is stored once before
+// from `first` to before `last`, and 32 of its columns, from `column` on, as far as there are any. Each part is stored once before
 // the next one is written over it, and named: at one time (`store_all`), or bit by bit. The caller stores the very last one.
 #ifndef QFUSE_BLOCK
 #define QFUSE_BLOCK

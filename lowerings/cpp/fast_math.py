@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Iterator, Set
 from pathlib import Path
@@ -11,6 +12,7 @@ from unittest.mock import patch
 
 import torch
 from torch._inductor.codegen.cpp import CppVecKernel, CppVecOverrides, TilingSelect
+from torch._inductor.codegen.cpp_utils import CppCSEVariable
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 
 VECTOR_MATH = (Path(__file__).parent / "vector_math.h").read_text()
@@ -38,7 +40,8 @@ def fast_math(stored: Set[torch.dtype], used: Set[str]) -> Iterator[None]:
     where only bfloat16 is stored, and nothing but sums and products of them.
     """
     functions = {"exp": "exp", "erf": "erf", "tanh": "tanh", "sigmoid": "sigmoid", "truediv": "div"}
-    if stored == {torch.bfloat16} and used <= _SUMS_AND_PRODUCTS | _FUNCTIONS:
+    is_rough = stored == {torch.bfloat16} and used <= _SUMS_AND_PRODUCTS | _FUNCTIONS
+    if is_rough:
         functions |= {name: f"rough_{name}" for name in _ROUGH}
     original, select = CppVecKernel.get_to_dtype_expr, TilingSelect.select_tiling
 
@@ -52,11 +55,52 @@ def fast_math(stored: Set[torch.dtype], used: Set[str]) -> Iterator[None]:
         return [32] if is_one_vector else factors, indices, stats
 
     with contextlib.ExitStack() as stack:
+        if is_rough:
+            stack.enter_context(_gelu_as_one())
         for name, function in functions.items():
             stack.enter_context(patch.object(CppVecOverrides, name, _calls(function)))
         stack.enter_context(patch.object(CppVecKernel, "get_to_dtype_expr", converted))
         stack.enter_context(patch.object(TilingSelect, "select_tiling", tiled))
         yield
+
+
+@contextlib.contextmanager
+def _gelu_as_one() -> Iterator[None]:
+    """Let x/2 · (1 + erf(x · √½)), as Inductor decomposes GELU, be one function; what it was made of is dead code."""
+    product, update = CppVecOverrides.mul, CppCSEVariable.update_on_args
+
+    def updated(self: Any, name: str, args: Any, kwargs: Any) -> None:
+        update(self, name, args, kwargs)
+        self.qfuse_origin = name, args
+
+    def multiplied(a: Any, b: Any) -> str:
+        for half, other in ((a, b), (b, a)):
+            x, erf = _operand("mul", half, 0.5), _operand("add", other, 1.0)
+            name, args = _origin(erf)
+            if x is not None and name == "erf" and _operand("mul", args[0], math.sqrt(0.5)) is x:
+                return f"qfuse::rough_gelu({x})"
+        return str(product(a, b))
+
+    with (
+        patch.object(CppVecOverrides, "mul", staticmethod(multiplied)),
+        patch.object(CppCSEVariable, "update_on_args", updated),
+    ):
+        yield
+
+
+def _origin(variable: Any) -> tuple[str, Any]:
+    """Return the operator that a variable is the result of, and its operands."""
+    return getattr(variable, "qfuse_origin", ("", ()))
+
+
+def _operand(operator: str, variable: Any, constant: float) -> Any:
+    """Return the other operand, if the variable is the result of this operator on a constant; else None."""
+    name, args = _origin(variable)
+    for operand, other in (args, reversed(args)) if name == operator else ():
+        kind, value = _origin(other)
+        if kind == "constant" and value[0] == constant:
+            return operand
+    return None
 
 
 def _calls(name: str) -> Any:

@@ -100,6 +100,56 @@ static inline __m512 rough_erf_of(__m512 x) {
     return _mm512_or_ps(p, _mm512_and_ps(x, _mm512_set1_ps(-0.0f)));
 }
 
+// The coefficients of |x| Φ(−|x|) as a polynomial of |x|, for x where five bits of |x| + 1/2 are the same: an octave of that
+// is cut into eight, from 1/2 to 8. The first is 0 at 0, the last everywhere.
+alignas(64) static const float gelu_coefficients[4][32] = {
+    {
+      0.202759504f, 0.355875939f, 0.497604907f, 0.583726764f, 0.591488659f, 0.527417123f, 0.419145346f, 0.29961744f,
+      0.147234142f, 0.0425171256f, 0.00890744571f, 0.00145115389f, 0.000172590459f, 1.47228329e-05f, 9.36781532e-07f,
+      0.0f, 0.0f, -4.27011264e-06f, -3.60223967e-05f, -0.000137479321f, -0.000361981627f, -0.000763037009f,
+      -0.00138133951f, -0.00223096833f, -0.00382180046f, -0.00611646473f, -0.00701724691f, -0.00396075146f,
+      0.00623569544f, 0.0267905518f, 0.0602277704f, 0.107688695f
+    },
+    {
+      0.0786107033f, -0.184012398f, -0.397296995f, -0.513011694f, -0.523107469f, -0.453740418f, -0.345740885f,
+      -0.235495061f, -0.106740847f, -0.0278658774f, -0.00531037338f, -0.000793870946f, -8.70288932e-05f,
+      -6.87004103e-06f, -4.06491239e-07f, 0.0f, 0.500000536f, 0.500196218f, 0.500948906f, 0.502564311f, 0.505252481f,
+      0.509099305f, 0.514045417f, 0.519874394f, 0.529204726f, 0.540325463f, 0.544082105f, 0.5337888f, 0.503399789f,
+      0.448780894f, 0.368700743f, 0.265279472f
+    },
+    {
+      -0.156468421f, -0.00619266089f, 0.100863934f, 0.152712256f, 0.157064572f, 0.132023767f, 0.0961042419f,
+      0.0622010902f, 0.0259198863f, 0.00610484462f, 0.00105709257f, 0.000144920763f, 1.46381481e-05f, 1.06905122e-06f,
+      5.88123328e-08f, 0.0f, -0.399089843f, -0.40225783f, -0.408269286f, -0.416882962f, -0.427640319f, -0.439960212f,
+      -0.453164309f, -0.466505885f, -0.484768748f, -0.502762437f, -0.507982314f, -0.496421397f, -0.466213137f,
+      -0.417810649f, -0.353855252f, -0.278708339f
+    },
+    {
+      0.0389897451f, 0.0103025399f, -0.00762074208f, -0.0153679941f, -0.0159903634f, -0.0129763037f, -0.00899301376f,
+      -0.00551682618f, -0.00210722722f, -0.000446952617f, -7.02517937e-05f, -8.82714357e-06f, -8.2122682e-07f,
+      -5.54747572e-08f, -2.83714385e-09f, 0.0f, 0.00625504088f, 0.0244396944f, 0.040617492f, 0.0559997447f,
+      0.0703869835f, 0.0835610181f, 0.0953245535f, 0.105512112f, 0.117442682f, 0.127162606f, 0.129579157f,
+      0.125248626f, 0.115232952f, 0.100927867f, 0.0838949978f, 0.0656879246f
+    },
+};
+
+// GELU, x Φ(x) = max(x, 0) − |x| Φ(−|x|), for results that are rounded to bfloat16, within 2e-6: with half as many multiplications
+// as by erf, which take the ports of `vpdpbusd`. Where x is −∞ it is 0, and not NaN.
+static inline __m512 rough_gelu_of(__m512 x) {
+    // as integers, so that of NaN it is a number: the maximum is NaN
+    const __m512i bits = _mm512_castps_si512(_mm512_abs_ps(x)), most = _mm512_castps_si512(_mm512_set1_ps(7.49f));
+    const __m512 t = _mm512_castsi512_ps(_mm512_min_epu32(bits, most));
+    const __m512i i = _mm512_srli_epi32(_mm512_castps_si512(_mm512_add_ps(t, _mm512_set1_ps(0.5f))), 20); // its last five bits
+    const auto coefficient = [i](int power) {
+        const float* of = gelu_coefficients[power];
+        return _mm512_permutex2var_ps(_mm512_load_ps(of), i, _mm512_load_ps(of + 16));
+    };
+    __m512 p = _mm512_fmadd_ps(coefficient(3), t, coefficient(2));
+    p = _mm512_fmadd_ps(p, t, coefficient(1));
+    p = _mm512_fmadd_ps(p, t, coefficient(0));
+    return _mm512_sub_ps(_mm512_max_ps(_mm512_setzero_ps(), x), p); // of two operands, max returns the second if one is NaN
+}
+
 static inline __m512 sigmoid_of(__m512 x) {
     const __m512 one = _mm512_set1_ps(1.0f);
     return _mm512_div_ps(one, _mm512_add_ps(one, exp_of(_mm512_sub_ps(_mm512_setzero_ps(), x))));
@@ -181,6 +231,7 @@ QFUSE_VECTOR_FUNCTION(tanh, x.tanh())
 QFUSE_VECTOR_FUNCTION(sigmoid, V(1) / (V(1) + x.neg().exp()))
 QFUSE_VECTOR_FUNCTION(rough_exp, x.exp())
 QFUSE_VECTOR_FUNCTION(rough_erf, x.erf())
+QFUSE_VECTOR_FUNCTION(rough_gelu, x * V(0.5f) * (V(1) + (x * V(0.70710678f)).erf()))
 QFUSE_VECTOR_FUNCTION(rough_sigmoid, V(1) / (V(1) + x.neg().exp()))
 #undef QFUSE_VECTOR_FUNCTION
 
