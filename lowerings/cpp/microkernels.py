@@ -41,10 +41,13 @@ MICROKERNELS = {
         {torch.uint8: "Amx<false>", torch.int8: "Amx<true>"},
         32,
         ("avx512_vnni.h", "shifted.h", "amx_permission.h", "amx.h"),
-        ("atomic", "cstring", "immintrin.h", "type_traits", "vector", "sys/syscall.h", "unistd.h"),
+        ("atomic", "cstring", "immintrin.h", "type_traits", "utility", "vector", "sys/syscall.h", "unistd.h"),
     ),
     Isa.AVX512_VNNI: Microkernel(
-        {torch.uint8: "Avx512Vnni"}, 48, ("avx512_vnni.h",), ("atomic", "cstring", "immintrin.h", "type_traits")
+        {torch.uint8: "Avx512Vnni"},
+        48,
+        ("avx512_vnni.h",),
+        ("atomic", "cstring", "immintrin.h", "type_traits", "utility"),
     ),
     Isa.AVX_VNNI: Microkernel(
         {torch.uint8: "AvxVnni"}, 48, ("portable.h", "avx_vnni.h"), ("atomic", "cstring", "immintrin.h", "type_traits")
