@@ -254,6 +254,29 @@ def test_one_or_two_rows_on_cpus_with_amx(tmp_path: Path) -> None:
         assert torch.equal(Run(case.rows, library.run)(*operands), _expected(*operands)), (m, k)
 
 
+CLOBBER = """
+__attribute__((noinline)) static void clobber() {
+    __asm__ volatile("" ::: {});
+    __asm__ volatile("vpternlogd $255, %%zmm20, %%zmm20, %%zmm20\\n vmovdqa64 %%zmm20, %%zmm31" ::: "zmm20", "zmm31");
+}
+""".replace("{}", ", ".join(f'"zmm{i}"' for i in range(32)))
+
+
+@pytest.mark.skipif(not _runs(Isa.AVX512_VNNI), reason="the CPU has not the instructions")
+@pytest.mark.parametrize("optimization", ["-O1", "-O3"])
+def test_what_stores_may_use_any_register(optimization: str, tmp_path: Path) -> None:
+    """It is called between the steps of the next tile, whose sums name their registers."""
+    case = Case(Isa.AVX512_VNNI, torch.uint8)
+    text = case.source.replace('extern "C"', CLOBBER + 'extern "C"')
+    text = text.replace("for (int64_t i = first", "clobber(); for (int64_t i = first")
+    assert text.count("clobber()") == 2
+    path = _compile_text(text, tmp_path / "clobber", "-shared", optimization, "-mavx512f")
+    run = Run(case.rows, ctypes.CDLL(str(path)).run)
+    for m, k in itertools.product((9, 17, 50), (12, 67, 384, 1100)):
+        operands = quantized(m, k, case.rows), quantized(96, k), 3
+        assert torch.equal(run(*operands), _expected(*operands)), (m, k)
+
+
 def test_fetches_are_not_left_out(tmp_path: Path) -> None:
     """GCC 12 removes a function that does nothing but fetch."""
     assembly = _compile(Case(Isa.AMX, torch.uint8), tmp_path, "-S").read_text()
