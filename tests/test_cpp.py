@@ -243,6 +243,25 @@ def test_quotients_are_those_of_the_instruction() -> None:
     assert torch.equal(result.signbit() & ~result.isnan(), expected.signbit() & ~expected.isnan())
 
 
+SCALARS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "product": lambda y, other: F.gelu(y) * (other[:, :1] * other[:, 1:2]),
+    "by a constant": lambda y, other: y * y * (other[0, 0] * 2),
+    "erf": lambda y, other: y * torch.erf(other[:, :1]),
+    "quotient": lambda y, other: y * (other[:, :1] / other[:, 1:2]),
+    "gelu": lambda y, other: y * F.gelu(other[:, :1]),
+}
+
+
+@pytest.mark.parametrize("name", SCALARS)
+def test_functions_of_scalars(name: str) -> None:
+    """One number for a whole row, or for all rows, is no vector, and has Inductor's own functions."""
+    model = Followed(SCALARS[name], torch.bfloat16)
+    inputs = model.inputs(5)
+    with fresh_cache():
+        result = torch.compile(model)(*inputs)
+    torch.testing.assert_close(result, model(*inputs), rtol=0.05, atol=0.05)
+
+
 ROOT = 0.7071067811865476
 
 NOT_GELU: dict[str, Callable[[Tensor], Tensor]] = {

@@ -58,7 +58,7 @@ def fast_math(stored: Set[torch.dtype], used: Set[str]) -> Iterator[None]:
         if is_rough:
             stack.enter_context(_gelu_as_one())
         for name, function in functions.items():
-            stack.enter_context(patch.object(CppVecOverrides, name, _calls(function)))
+            stack.enter_context(patch.object(CppVecOverrides, name, _calls(name, function)))
         stack.enter_context(patch.object(CppVecKernel, "get_to_dtype_expr", converted))
         stack.enter_context(patch.object(TilingSelect, "select_tiling", tiled))
         yield
@@ -82,7 +82,7 @@ def _gelu_as_one() -> Iterator[None]:
         return str(product(a, b))
 
     with (
-        patch.object(CppVecOverrides, "mul", staticmethod(multiplied)),
+        patch.object(CppVecOverrides, "mul", _named("mul", multiplied)),
         patch.object(CppCSEVariable, "update_on_args", updated),
     ):
         yield
@@ -103,5 +103,11 @@ def _operand(operator: str, variable: Any, constant: float) -> Any:
     return None
 
 
-def _calls(name: str) -> Any:
-    return staticmethod(lambda *operands: f"qfuse::{name}({', '.join(map(str, operands))})")
+def _calls(operator: str, name: str) -> Any:
+    return _named(operator, lambda *operands: f"qfuse::{name}({', '.join(map(str, operands))})")
+
+
+def _named(operator: str, function: Any) -> Any:
+    """Return what may replace an operator: of scalars, Inductor asks the class above for the function's name."""
+    function.__name__ = operator
+    return staticmethod(function)
