@@ -303,7 +303,9 @@ def test_rough_gelu(monkeypatch: pytest.MonkeyPatch) -> None:
         result, (code,) = run_and_get_code(torch.compile(model), x, xs, other)
         assert "= qfuse::rough_gelu(" in code
         exact = (torch.special.ndtr(other.double()) * other.double()).float()
-        torch.testing.assert_close(result, exact, rtol=2e-6, atol=2e-6, equal_nan=True)
+        torch.testing.assert_close(result, exact, rtol=2e-6, atol=1e-6, equal_nan=True)
+        tail = (other < -3.5) & (other > -5)
+        torch.testing.assert_close(result[tail], exact[tail], rtol=1.5e-3, atol=0)
 
 
 def test_rough_functions(monkeypatch: pytest.MonkeyPatch) -> None:
