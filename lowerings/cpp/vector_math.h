@@ -47,6 +47,17 @@ static inline __m512 erf_of(__m512 x) {
     return _mm512_mask_mov_ps(near, _mm512_cmp_ps_mask(t, _mm512_set1_ps(0.921875f), _CMP_GT_OQ), far);
 }
 
+// A cubic of x, whose coefficients are chosen out of 32 of each power by the last five bits of i.
+static inline __m512 cubic_of(__m512 x, const float (&coefficients)[4][32], __m512i i) {
+    const auto coefficient = [&](int power) {
+        const float* of = coefficients[power];
+        return _mm512_permutex2var_ps(_mm512_load_ps(of), i, _mm512_load_ps(of + 16));
+    };
+    __m512 p = _mm512_fmadd_ps(coefficient(3), x, coefficient(2));
+    p = _mm512_fmadd_ps(p, x, coefficient(1));
+    return _mm512_fmadd_ps(p, x, coefficient(0));
+}
+
 // The coefficients of erf (i / 8 + r), |r| ≤ 1 / 16, as a polynomial of r, for i from 0 to 31: erf is odd in the first,
 // and in the last rounds to the largest float below 1, and to 1 from 3.92 on.
 alignas(64) static const float erf_coefficients[4][32] = {
@@ -90,18 +101,12 @@ static inline __m512 rough_erf_of(__m512 x) {
     const __m512 shifted = _mm512_fmadd_ps(t, _mm512_set1_ps(8.0f), integer);
     const __m512 r = _mm512_fnmadd_ps(_mm512_sub_ps(shifted, integer), _mm512_set1_ps(0.125f), t);
     const __m512i i = _mm512_castps_si512(shifted); // its last five bits
-    const auto coefficient = [i](int power) {
-        const float* of = erf_coefficients[power];
-        return _mm512_permutex2var_ps(_mm512_load_ps(of), i, _mm512_load_ps(of + 16));
-    };
-    __m512 p = _mm512_fmadd_ps(coefficient(3), r, coefficient(2));
-    p = _mm512_fmadd_ps(p, r, coefficient(1));
-    p = _mm512_fmadd_ps(p, r, coefficient(0));
+    const __m512 p = cubic_of(r, erf_coefficients, i);
     return _mm512_or_ps(p, _mm512_and_ps(x, _mm512_set1_ps(-0.0f)));
 }
 
-// The coefficients of |x| Φ(−|x|) as a polynomial of |x|, where that is nearest to i · 3 / 16, for i from 0 to 31: the first is 0
-// at 0, the last everywhere.
+// The coefficients of |x| Φ(−|x|) as a polynomial of |x|, where that is nearest to i · 3 / 16, for i from 0 to 31: the first
+// is 0 at 0, the last everywhere.
 alignas(64) static const float gelu_coefficients[4][32] = {
     {
       0.0f, -5.19226633e-05f, -0.000965335872f, -0.00374379498f, -0.00679885363f, -0.00390224345f, 0.0150485691f,
@@ -134,20 +139,14 @@ alignas(64) static const float gelu_coefficients[4][32] = {
 };
 
 // GELU, x Φ(x) = max(x, 0) − |x| Φ(−|x|), for results that are rounded to bfloat16, within 1e-6, relatively within 1e-3
-// down to −5: with half as many multiplications as by erf, which take the ports of `vpdpbusd`. Where x is −∞ it is 0, and not NaN.
+// down to −5: with half as many multiplications as by erf, which take the ports of `vpdpbusd`. Where x is −∞ it is 0, not NaN.
 static inline __m512 rough_gelu_of(__m512 x) {
     // as integers, so that of NaN it is a number: the maximum is NaN
     const __m512i bits = _mm512_castps_si512(_mm512_abs_ps(x)), most = _mm512_castps_si512(_mm512_set1_ps(5.8125f));
     const __m512 t = _mm512_castsi512_ps(_mm512_min_epu32(bits, most));
     const __m512 integer = _mm512_set1_ps(12582912.0f); // as in `rough_erf_of`
     const __m512i i = _mm512_castps_si512(_mm512_fmadd_ps(t, _mm512_set1_ps(16 / 3.0f), integer));
-    const auto coefficient = [i](int power) {
-        const float* of = gelu_coefficients[power];
-        return _mm512_permutex2var_ps(_mm512_load_ps(of), i, _mm512_load_ps(of + 16));
-    };
-    __m512 p = _mm512_fmadd_ps(coefficient(3), t, coefficient(2));
-    p = _mm512_fmadd_ps(p, t, coefficient(1));
-    p = _mm512_fmadd_ps(p, t, coefficient(0));
+    const __m512 p = cubic_of(t, gelu_coefficients, i);
     return _mm512_sub_ps(_mm512_max_ps(_mm512_setzero_ps(), x), p); // of two operands, max returns the second if one is NaN
 }
 
