@@ -27,7 +27,17 @@ def test_probes() -> None:
         assert not peak.available or any(has.get(flag) for flag in flags)
         if peak.available:
             assert 1e9 < peak.measure() < 1e14
-    assert 1e7 < Reads(1 << 22, 1).measure() < 1e13
+    ways = Reads(1 << 22, 1).ways()
+    assert sorted(ways) == ["read 1 1", "read 1 2", "read 4 1", "read 4 2"]
+    assert all(1e7 < measure() < 1e13 for measure in ways.values())
+
+
+def test_bandwidth_is_that_of_one_way_of_reading() -> None:
+    from benchmarks.probes import best_read
+
+    rates = {"vnni": [9.0, 8.0, 7.0], "read 1 1": [1.0, 5.0, 9.0], "read 4 1": [6.0, 6.0, 6.0]}
+    assert best_read(rates) == {"vnni": [9.0, 8.0, 7.0], "read": [6.0, 6.0, 6.0]}
+    assert best_read({"vnni": [9.0]}) == {"vnni": [9.0]}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -1,4 +1,5 @@
-// Signed rows for a microkernel that takes unsigned ones: shifted by 128 for each panel anew, and what sums start from too.
+// Signed rows for a microkernel that takes unsigned ones: shifted by 128, once as long as the same rows come again, as one or
+// two do with each panel; and what sums start from, for each panel.
 #ifndef QFUSE_SHIFTED
 #define QFUSE_SHIFTED
 namespace qfuse {
@@ -10,9 +11,12 @@ class Shifted : public Unsigned {
 
     template <typename Store>
     void operator()(const Rows& x, Panel& w, int32_t* block, Part& part, const Store& store) {
-        rows_.resize(x.count * k_);
-        for (int64_t i = 0; i < x.count; ++i)
-            shift(x.data + i * x.stride, rows_.data() + i * k_);
+        if (x.data != from_ || x.count * k_ != static_cast<int64_t>(rows_.size())) {
+            rows_.resize(x.count * k_);
+            for (int64_t i = 0; i < x.count; ++i)
+                shift(x.data + i * x.stride, rows_.data() + i * k_);
+            from_ = x.data;
+        }
         Panel shifted = w;
         alignas(64) int32_t start[panel_columns];
         for (int64_t j = 0; j < panel_columns; ++j)
@@ -26,6 +30,7 @@ class Shifted : public Unsigned {
  private:
     int64_t k_;
     std::vector<uint8_t> rows_;
+    const uint8_t* from_ = nullptr; // where these rows stand in int8
 
     // Eight bytes at once: Inductor forbids the compiler to vectorize loops.
     void shift(const uint8_t* from, uint8_t* to) const {

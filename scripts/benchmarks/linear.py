@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.engines import Compiled, compile_model, lowering_names, relative_error
 from benchmarks.linear_modules import Shape, Subject, flattened, quantized_inside, quantized_outside
-from benchmarks.probes import Peak, Reads, peaks
+from benchmarks.probes import Peak, Reads, best_read, peaks
 from benchmarks.profiling import kernels
 from benchmarks.results import BF16, STOCK, Case, Measured
 from benchmarks.timing import alternate
@@ -54,7 +54,7 @@ def measure(settings: Settings, say: Callable[[str], None] = lambda line: None) 
     """
     probes = peaks(settings.threads, amx=settings.amx)
     read = Reads(settings.memory_bytes, settings.threads)
-    once = {"read": [read.measure() for _ in range(5)]}
+    once = best_read({name: [measure() for _ in range(5)] for name, measure in read.ways().items()})
     del read
     for shape in settings.shapes:
         for mode in settings.modes if shape.m > 1 else ():
@@ -90,7 +90,7 @@ def _decode(settings: Settings, probes: dict[str, Callable[[], float]], say: Cal
                 say("a chain needs K = N")
                 continue
             subject = _subject([shape] * layers, mode, settings, decode=True)
-            yield _measure(title, f"decode, {mode}", subject, settings, {**probes, "read": read.measure})
+            yield _measure(title, f"decode, {mode}", subject, settings, {**probes, **read.ways()})
 
 
 def _subject(shapes: list[Shape], mode: str, settings: Settings, *, decode: bool = False) -> Subject:
@@ -131,7 +131,9 @@ def _measure(
     ran = [engine for engine in engines if not engine.absent]
     for engine, own in zip(ran, seconds, strict=True):
         engine.seconds = own
-    return Case(title, mode, settings.threads, engines, rates, subject.operations, subject.traffic, subject.weights)
+    return Case(
+        title, mode, settings.threads, engines, best_read(rates), subject.operations, subject.traffic, subject.weights
+    )
 
 
 def _medians(rates: dict[str, list[float]]) -> dict[str, list[float]]:
