@@ -41,7 +41,7 @@ struct Panel {
     int64_t rows;  // that it is multiplied by, in one call or several
     int64_t tiles; // of them, until now: the caller begins with 0
     const int32_t* start; // of each column: −zero point · column sum; or nullptr: 0
-    alignas(64) int32_t column_sums[panel_columns];
+    alignas(64) int32_t column_sums[panel_columns] = {};
 };
 
 // Some rows and columns, counted in the whole result.

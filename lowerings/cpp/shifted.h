@@ -19,6 +19,7 @@ class Shifted : public Unsigned {
         }
         Panel shifted = w;
         alignas(64) int32_t start[panel_columns];
+        #pragma omp simd
         for (int64_t j = 0; j < panel_columns; ++j)
             start[j] = static_cast<int32_t>(
                 static_cast<uint32_t>(w.start ? w.start[j] : 0) - 128u * static_cast<uint32_t>(w.column_sums[j]));
