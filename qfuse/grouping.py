@@ -2,8 +2,8 @@
 
 Query, key and value read the same quantized activation. Together they are one kernel instead of three, with more
 columns to share among threads, which counts most where there are few rows. A linear that a pointwise operator follows
-stays alone, because Inductor fuses that into the kernel of a linear, but not into a slice of it: a decoder's prefill
-took 1.09 times as long with gate and up as one linear (docs/cpu.md).
+stays alone, because Inductor fuses that into the kernel of a linear, but not into a slice of it: with gate and up as
+one linear, a decoder is slower (docs/cpu.md).
 
 Only packed weights are joined, which are those on CPU. On a GPU it would be a guess: launches saved against slices that
 what follows has to read with strides, and nobody has measured which is more.

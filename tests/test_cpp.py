@@ -187,38 +187,44 @@ def test_threads(threads: int) -> None:
 
 
 @pytest.mark.parametrize("isa", [isa for isa in Isa if _runs(isa)], ids=lambda isa: isa.name)
-def test_threads_share_panels(isa: Isa, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_split_k(isa: Isa, monkeypatch: pytest.MonkeyPatch) -> None:
     """Five threads and two panels: of few rows, two threads each take a part of K, whose tail is odd."""
     monkeypatch.setattr(template, "cpu_isa", lambda: isa)
     before = torch.get_num_threads()
     torch.set_num_threads(5)
     try:
-        k = 2 * template.LEAST_PART_OF_K + 53
+        k = 2 * template.LEAST_K_OF_SPLIT + 53
         model = Linears([*CASES[::46], *(case for case in CASES[::3] if case.x_dtype is torch.int8)], k, 70, "cpp")
-        with fresh_cache(), torch._dynamo.config.patch(error_on_recompile=True):
-            compiled = torch.compile(model, dynamic=True)
-            inputs = model.inputs(7, k)
-            _, (code,) = run_and_get_code(compiled, *inputs)
-            assert code.count("constexpr int64_t parts = 2,") == code.count("using Microkernel = ")
-            most = template.MICROKERNELS[isa].max_rows
-            for m in (2, 7, most, most + 1, 500):
-                inputs = model.inputs(m, k)
-                for result, reference in zip(compiled(*inputs), model(*inputs), strict=True):
-                    _assert_equal_up_to_order(result, reference)
-        for m in (0, 1):
+
+        def check(compiled: Callable[..., tuple[Tensor, ...]], m: int) -> None:
             inputs = model.inputs(m, k)
-            for result, reference in zip(torch.compile(model)(*inputs), model(*inputs), strict=True):
+            for result, reference in zip(compiled(*inputs), model(*inputs), strict=True):
                 _assert_equal_up_to_order(result, reference)
+
+        with fresh_cache():
+            compiled, inputs = torch.compile(model), model.inputs(7, k)
+            for tensor in inputs:
+                if tensor.shape[0] == 7:
+                    torch._dynamo.mark_dynamic(tensor, 0)
+            _, (code,) = run_and_get_code(compiled, *inputs)
+            assert code.count("splits = 2,") == code.count("using Microkernel = ") > 0
+            with torch._dynamo.config.patch(error_on_recompile=True):
+                for m in (2, 16, 17, 500):
+                    check(compiled, m)
+            for m in (0, 1):
+                check(torch.compile(model), m)
     finally:
         torch.set_num_threads(before)
 
 
-def test_few_threads_share_no_panels() -> None:
-    assert template.parts_of_k(n=64, k=8192, threads=1) == 1
-    assert template.parts_of_k(n=130, k=8192, threads=2) == 1
-    assert template.parts_of_k(n=64, k=template.LEAST_PART_OF_K, threads=64) == 1
-    assert template.parts_of_k(n=1024, k=4096, threads=64) == 2
-    assert template.parts_of_k(n=64, k=1 << 18, threads=128) == 128
+def test_splits_are_for_many_threads_and_long_k() -> None:
+    least = template.LEAST_K_OF_SPLIT
+    assert template.split_k(n=64, k=4 * least, threads=1) == 1
+    assert template.split_k(n=130, k=4 * least, threads=5) == 1
+    assert template.split_k(n=130, k=4 * least, threads=6) == 2
+    assert template.split_k(n=64, k=2 * least - 1, threads=64) == 1
+    assert template.split_k(n=0, k=least, threads=64) == 1
+    assert template.split_k(n=64, k=4 * least, threads=64) == 4
 
 
 def test_fewer_threads_than_asked_for() -> None:

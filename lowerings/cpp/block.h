@@ -2,7 +2,7 @@
 //
 //     static constexpr int64_t row_tile;   // rows that it computes at a time, most efficiently
 //     static constexpr int64_t max_rows;   // rows that it takes in one call
-//     Microkernel(int64_t k, bool stores_fast); // one for each thread; whether `store` takes little time
+//     Microkernel(int64_t k, bool stores_fast); // of one thread; whether `store` takes little time
 //     void operator()(const Rows& x, Panel& w, int32_t* block, Part& part, const Store& store);
 //
 // which computes Σk x[i][k] · w[j][k] + start[j], modulo 2^32, into the block: max_rows rows of 64 integers. `part` says what
@@ -41,7 +41,7 @@ struct Panel {
     int64_t rows;  // that it is multiplied by, in one call or several
     int64_t tiles; // of them, until now: the caller begins with 0
     const int32_t* start; // of each column: −zero point · column sum; or nullptr: 0
-    alignas(64) int32_t column_sums[panel_columns] = {};
+    alignas(64) int32_t column_sums[panel_columns] = {}; // of columns that there are; behind them anything
 };
 
 // Some rows and columns, counted in the whole result.

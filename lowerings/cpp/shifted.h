@@ -1,5 +1,5 @@
-// Signed rows for a microkernel that takes unsigned ones: shifted by 128, once as long as the same rows come again, as one or
-// two do with each panel; and what sums start from, for each panel.
+// Signed rows for a microkernel that takes unsigned ones: shifted by 128, and kept while the same rows come again, which do not
+// change as long as there is this object; and, for each panel, what sums start from, by its `column_sums`.
 #ifndef QFUSE_SHIFTED
 #define QFUSE_SHIFTED
 namespace qfuse {

@@ -24,9 +24,8 @@ from qfuse.lowerings.cpp.microkernels import MICROKERNELS
 
 _USUAL_L2_BYTES = 1 << 20
 
-#: Threads that share fewer k wait for each other as long as they save. Of 64 columns from a Xeon's third-level cache,
-#: two threads take 0.8 times as long as one for a row of 4,096 k, and as long for 16; of 2,048 k 0.97 and 1.1 times.
-LEAST_PART_OF_K = 2048
+#: Threads that share fewer k wait for each other as long as they save (docs/cpu.md).
+LEAST_K_OF_SPLIT = 2048
 _TEXT = (Path(__file__).parent / "linear.cpp.jinja").read_text()
 
 
@@ -106,7 +105,7 @@ class Int8LinearTemplate(CppTemplate):
                 kernel=kernel,
                 microkernel=microkernel,
                 int32=torch.int32,
-                stores_fast=stores_fast(used),
+                stores_fast="true" if stores_fast(used) else "false",
                 class_name=microkernel.class_names[x.get_dtype()],
                 vector_math=VECTOR_MATH,
                 inputs=dict(inputs.values()),
@@ -118,7 +117,7 @@ class Int8LinearTemplate(CppTemplate):
                 sums=sums,
                 n=n,
                 k=k,
-                k_parts=parts_of_k(n, k, self.num_threads),
+                split_k=split_k(n, k, self.num_threads),
                 x_zero_point=self.call.x_zero_point,
                 l2_bytes=torch.cpu.get_capabilities().get("l2_cache_size", _USUAL_L2_BYTES),
                 num_threads=self.num_threads,
@@ -128,10 +127,10 @@ class Int8LinearTemplate(CppTemplate):
             )
 
 
-def parts_of_k(n: int, k: int, threads: int) -> int:
-    """Return how many threads share a panel of 64 columns, where there are few rows."""
-    panels = -(-n // 64)
-    return max(1, min(threads // panels, k // LEAST_PART_OF_K))
+def split_k(n: int, k: int, threads: int) -> int:
+    """Return how many threads share a panel of 64 columns, each a part of K, where there are few rows."""
+    panels = max(1, -(-n // 64))
+    return max(1, min(threads // panels, k // LEAST_K_OF_SPLIT))
 
 
 def _epilogue(call: Int8LinearCall, sums: ir.Buffer) -> ir.Pointwise:

@@ -15,6 +15,7 @@ from qfuse.memory import empty_in_huge_pages
 
 SECONDS = 0.03  # of one measurement of a peak
 _FIRST_STEPS = 20_000
+_READ = "read "  # how the name of each way of reading begins
 
 
 class Peak:
@@ -62,7 +63,7 @@ class Reads:
     def ways(self) -> dict[str, Callable[[], float]]:
         """Return what measures each way of reading, by name: CPUs differ in which is the best. See `best_read`."""
         return {
-            f"read {places} {level}": functools.partial(self.measure, places, level)
+            f"{_READ}{places} {level}": functools.partial(self.measure, places, level)
             for places in (1, 4)
             for level in (1, 2)
         }
@@ -82,8 +83,8 @@ def best_read(rates: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
     Not the best of each round, as what is compared with it is not: where times scatter, the best of four samples is
     faster than any way of reading.
     """
-    ways = [values for name, values in rates.items() if name.startswith("read ")]
-    others = {name: list(values) for name, values in rates.items() if not name.startswith("read ")}
+    ways = [values for name, values in rates.items() if name.startswith(_READ)]
+    others = {name: list(values) for name, values in rates.items() if not name.startswith(_READ)}
     return others | ({"read": list(max(ways, key=statistics.median))} if ways else {})
 
 
