@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -60,7 +61,7 @@ def measure(settings: Settings, say: Callable[[str], None] = lambda line: None) 
         for mode in settings.modes if shape.m > 1 else ():
             say(f"{shape}, {mode}")
             case = _measure(str(shape), mode, _subject([shape], mode, settings), settings, probes)
-            case.rates |= {name: rates * settings.rounds for name, rates in _medians(once).items()}
+            case.rates |= {name: [statistics.median(rates)] * settings.rounds for name, rates in once.items()}
             yield case
     if settings.decode:
         yield from _decode(settings, probes, say)
@@ -134,7 +135,3 @@ def _measure(
     return Case(
         title, mode, settings.threads, engines, best_read(rates), subject.operations, subject.traffic, subject.weights
     )
-
-
-def _medians(rates: dict[str, list[float]]) -> dict[str, list[float]]:
-    return {name: [sorted(values)[len(values) // 2]] for name, values in rates.items()}
