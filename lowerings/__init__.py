@@ -15,11 +15,10 @@ from qfuse.reasons import Decline
 
 _CPP, _ONEDNN, _ATEN, _TRITON = Cpp(), OneDNN(), Aten(), Triton()
 
-#: For each platform, the providers of `qfuse::int8_linear`, the best first. Without instructions for int8, oneDNN's
-#: matmul behind `aten._int_mm` is five times as fast as portable C++ (AVX2, 1024 × 384 × 1536).
+#: For each platform, the providers of `qfuse::int8_linear`, the best first.
 INT8_LINEAR: dict[str, tuple[Provider, ...]] = {
     "cpu": (_CPP, _ONEDNN, _ATEN),
-    "cpu without VNNI": (_ATEN, _CPP),
+    "cpu without AVX2": (_ATEN, _CPP),
     "cuda": (_TRITON, _ATEN),
 }
 
@@ -30,7 +29,7 @@ def choose(problem: Problem) -> Provider | Decline:
     The best is the first; under `max_autotune` it is the one that is measured to be the fastest.
     """
     supporting, refusals = [], []
-    for provider in INT8_LINEAR.get(_platform(problem), ()):
+    for provider in INT8_LINEAR.get(platform_of(problem), ()):
         reason = _refusal(provider, problem)
         if reason is None:
             supporting.append(provider)
@@ -43,9 +42,10 @@ def choose(problem: Problem) -> Provider | Decline:
     return supporting[0]
 
 
-def _platform(problem: Problem) -> str:
+def platform_of(problem: Problem) -> str:
+    """Return the key of `INT8_LINEAR` for `problem`, which may be missing there."""
     is_plain = problem.device.type == "cpu" and problem.isa is Isa.NONE
-    return "cpu without VNNI" if is_plain else problem.device.type
+    return "cpu without AVX2" if is_plain else problem.device.type
 
 
 def _refusal(provider: Provider, problem: Problem) -> str | None:

@@ -90,7 +90,7 @@ def _problems() -> Iterator[tuple[str, str]]:
         yield "the C headers of Python are missing", "install python3-dev (python3-devel), if compiling fails"
     if cpu_isa() is Isa.NONE:
         yield (
-            "the CPU has neither VNNI nor AMX, or oneDNN is limited to do without",
+            "the CPU has neither AVX2, VNNI nor AMX, or oneDNN is limited to do without",
             "expect little gain here: the lowering is aten",
         )
     if not torch.backends.mkldnn.is_available():

@@ -13,16 +13,18 @@ import torch
 
 
 class Isa(enum.Enum):
-    """The best int8 dot-product instructions of a CPU."""
+    """The best instructions of a CPU for int8 dot products. AVX2's, without VNNI, are for integers of 16 bits."""
 
     AMX = "amx_int8"
     AVX512_VNNI = "avx512_vnni"
     AVX_VNNI = "avx_vnni"
+    AVX2 = "avx2"
     NONE = "none"
 
 
 #: The activation's dtype that the matmul is fast in. AMX multiplies signed by signed. The VNNI instruction `vpdpbusd`
-#: takes unsigned times signed: there oneDNN runs a signed activation through a reference loop, far slower.
+#: takes unsigned times signed: there oneDNN runs a signed activation through a reference loop, far slower. Without
+#: either, it is slow in both.
 ACTIVATION_DTYPE = {
     Isa.AMX: torch.int8,
     Isa.AVX512_VNNI: torch.uint8,
@@ -33,12 +35,13 @@ ACTIVATION_DTYPE = {
 #: Which of them oneDNN still uses under each limit that a user can set in the environment, as oneDNN documents it.
 #: A limit that is not here, like AVX512_CORE_AMX, leaves all of them.
 _UNDER_LIMIT = {
-    **dict.fromkeys(("SSE41", "AVX", "AVX2", "AVX512_CORE"), frozenset[Isa]()),
-    **dict.fromkeys(("AVX2_VNNI", "AVX2_VNNI_2"), frozenset({Isa.AVX_VNNI})),
-    **dict.fromkeys(("AVX512_CORE_VNNI", "AVX512_CORE_BF16"), frozenset({Isa.AVX512_VNNI})),
+    **dict.fromkeys(("SSE41", "AVX"), frozenset[Isa]()),
+    **dict.fromkeys(("AVX2", "AVX512_CORE"), frozenset({Isa.AVX2})),
+    **dict.fromkeys(("AVX2_VNNI", "AVX2_VNNI_2"), frozenset({Isa.AVX_VNNI, Isa.AVX2})),
+    **dict.fromkeys(("AVX512_CORE_VNNI", "AVX512_CORE_BF16"), frozenset({Isa.AVX512_VNNI, Isa.AVX2})),
     **dict.fromkeys(
         ("AVX512_CORE_FP16", "AVX10_1", "AVX10_1_512", "AVX10_2", "AVX10_2_512"),
-        frozenset({Isa.AVX512_VNNI, Isa.AVX_VNNI}),
+        frozenset({Isa.AVX512_VNNI, Isa.AVX_VNNI, Isa.AVX2}),
     ),
 }
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from qfuse.isa import ACTIVATION_DTYPE, cpu_isa
 from qfuse.lowerings import INT8_LINEAR
 
 
@@ -22,7 +23,7 @@ def test_probes() -> None:
     from benchmarks.probes import Peak, Reads
 
     has = torch.cpu.get_capabilities()
-    for name, flags in (("vnni", ("avx512_vnni", "avx_vnni")), ("amx", ("amx_int8",))):
+    for name, flags in (("vnni", ("avx512_vnni", "avx_vnni")), ("avx2", ("avx2",)), ("amx", ("amx_int8",))):
         peak = Peak(name, 1)
         assert not peak.available or any(has.get(flag) for flag in flags)
         if peak.available:
@@ -61,7 +62,10 @@ def test_linear(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         names = [f"int8, qfuse {provider.name}" for provider in INT8_LINEAR["cpu"]]
         assert [engine.engine for engine in case.engines] == [*names, STOCK, BF16]
         for engine in case.engines:
-            assert engine.absent or (len(engine.seconds) == 2 and engine.error is not None and engine.error < 0.05)
+            assert engine.absent or (len(engine.seconds) == 2 and engine.error is not None)
+            # Stock Inductor matches some of these with oneDNN's matmul, which saturates on a CPU with AVX2 only.
+            is_exact = cpu_isa() in ACTIVATION_DTYPE or engine.engine != STOCK
+            assert engine.absent or not is_exact or engine.error < 0.05
         assert case.ran(STOCK)
     save([run], tmp_path / "linear.json")
     assert load(tmp_path / "linear.json") == [run]

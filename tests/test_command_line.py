@@ -139,7 +139,7 @@ def test_doctor_finds_problems(monkeypatch: pytest.MonkeyPatch) -> None:
         "torch<2.2,>=2.1",
         "pass is not installed",
         "no C++ compiler",
-        "neither VNNI nor AMX",
+        "neither AVX2, VNNI nor AMX",
         "TORCH_DEVICE_BACKEND_AUTOLOAD is off",
         "torchao's x86 quantizer",
         "other passes run on the same graphs: test_command_line._another_pass",

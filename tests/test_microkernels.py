@@ -284,13 +284,18 @@ def test_fetches_are_not_left_out(tmp_path: Path) -> None:
     assert kernel.count("prefetcht0") == 128  # the lines of two steps
 
 
-@pytest.mark.parametrize(("isa", "register"), [(Isa.AVX512_VNNI, "zmm"), (Isa.AVX_VNNI, "ymm")], ids=str)
-def test_accumulators_stay_in_registers(isa: Isa, register: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("isa", "instruction", "register"),
+    [(Isa.AVX512_VNNI, "vpdpbusd", "zmm"), (Isa.AVX_VNNI, "vpdpbusd", "ymm"), (Isa.AVX2, "vpmaddwd", "ymm")],
+    ids=str,
+)
+def test_accumulators_stay_in_registers(isa: Isa, instruction: str, register: str, tmp_path: Path) -> None:
     """No loop that multiplies stores a vector on the stack, as GCC likes to do, at a third of the speed."""
     assembly = _compile(Case(isa, torch.uint8), tmp_path, "-S", "-march=x86-64-v3").read_text()
-    loops = [
-        loop for loop in re.findall(r"\n(\.L\d+:\n(?:(?!\.L\d+:).*\n)*?\tj\w+\t\.L\d+)", assembly) if "vpdpbusd" in loop
-    ]
+    loops = re.findall(r"\n(\.L\d+:\n(?:(?!\.L\d+:).*\n)*?\tj\w+\t\.L\d+)", assembly)
+    loops = [loop for loop in loops if instruction in loop]
+    if isa is Isa.AVX2:  # few rows that meet columns which are not split wait for memory anyway
+        loops = [loop for loop in loops if "vpsraw" not in loop]
     assert len(loops) >= 6  # a tile of each number of rows has one
     for loop in loops:
         assert not re.search(rf"vmov\w+\t%{register}\d+, -?\d*\(%[er][sb]p\)", loop), loop

@@ -15,13 +15,12 @@ from torch._inductor.codecache import PersistentCache
 from torch._inductor.utils import fresh_cache
 
 import qfuse
-from qfuse.isa import ACTIVATION_DTYPE, cpu_isa
-from qfuse.lowerings import by_name, choose, tuning
+from qfuse.lowerings import INT8_LINEAR, by_name, choose, platform_of, tuning
 from qfuse.problem import Problem
 from qfuse.provider import Provider
 from qfuse.records import recording
 
-NAMES = ["cpp", "onednn", "aten"] if cpu_isa() in ACTIVATION_DTYPE else ["aten", "cpp"]
+NAMES = [p.name for p in INT8_LINEAR[platform_of(linear_problem())] if p.supports(linear_problem()) is None]
 
 
 @pytest.fixture(autouse=True)

@@ -144,4 +144,4 @@ def install() -> None:
     inductor_config.benchmark_epilogue_fusion = False
     inductor_config.emulate_precision_casts = True  # what eager rounds is rounded
     qfuse.config.fuse_quantization = False  # that kernel is C++
-    INT8_LINEAR["cpu"] = INT8_LINEAR["cpu without VNNI"] = (by_name("triton"),)
+    INT8_LINEAR["cpu"] = INT8_LINEAR["cpu without AVX2"] = (by_name("triton"),)

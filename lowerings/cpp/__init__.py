@@ -28,7 +28,7 @@ class Cpp:
         return None
 
     def activation_dtype(self, problem: Problem) -> torch.dtype:
-        """See `Provider.activation_dtype`. AMX takes what is there."""
+        """See `Provider.activation_dtype`. AMX and AVX2 take what is there."""
         return MICROKERNELS[problem.isa].activation_dtype(problem.x_dtype)
 
     def lower(self, call: Int8LinearCall) -> object:

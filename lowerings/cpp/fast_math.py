@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import torch
 from torch._inductor.codegen.cpp import CppVecKernel, CppVecOverrides, TilingSelect
-from torch._inductor.codegen.cpp_utils import CppCSEVariable
+from torch._inductor.codegen.cpp_utils import CppCSEVariable, cexpr_index
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 
 VECTOR_MATH = (Path(__file__).parent / "vector_math.h").read_text()
@@ -34,7 +34,7 @@ def stores_fast(used: Set[str]) -> bool:
 def fast_math(stored: Set[torch.dtype], used: Set[str]) -> Iterator[None]:
     """Let Inductor's C++ code generation call the functions of `VECTOR_MATH`, which the source has to include.
 
-    It computes 32 results at a time, where a register holds 16 floats.
+    It computes two vectors of floats at a time.
 
     stored: the dtypes that the kernel stores. used: the operators that are fused into it. Functions may be rougher
     where only bfloat16 is stored, and nothing but sums and products of them.
@@ -44,15 +44,24 @@ def fast_math(stored: Set[torch.dtype], used: Set[str]) -> Iterator[None]:
     if is_rough:
         functions |= {name: f"rough_{name}" for name in _ROUGH}
     original, select = CppVecKernel.get_to_dtype_expr, TilingSelect.select_tiling
+    load_line = CppVecKernel._get_vec_load_line
 
     def converted(self: Any, *args: Any, **kwargs: Any) -> str:
         return re.sub(r"^at::vec::convert<", "qfuse::convert<", original(self, *args, **kwargs))
 
+    def loaded(self: Any, var: str, index: Any, dtype: torch.dtype, load_mask: Any = None) -> str:
+        line = str(load_line(self, var, index, dtype, load_mask))
+        # Of so many integers, AVX2's `Vectorized` loads a copy in memory, though they are all (torch 2.13).
+        bits = self._get_num_vectors(dtype) * self.vec_isa.bit_width()
+        is_whole = self.num_elems == bits // (8 * dtype.itemsize)
+        is_counted = load_mask is None and dtype is not torch.bool
+        return line.removesuffix(f", {cexpr_index(self.num_elems)})") + ")" if is_whole and is_counted else line
+
     def tiled(self: Any, *args: Any, **kwargs: Any) -> Any:
         factors, indices, stats = select(self, *args, **kwargs)
-        # Both vectors are one of bfloat16: a store instead of two with masks.
-        is_one_vector = factors == [16] == [pick_vec_isa().nelements(torch.float32)]
-        return [32] if is_one_vector else factors, indices, stats
+        # Both vectors are one of bfloat16: a store instead of two of half a vector.
+        lanes = pick_vec_isa().nelements(torch.float32)
+        return [2 * lanes] if factors == [lanes] else factors, indices, stats
 
     with contextlib.ExitStack() as stack:
         if is_rough:
@@ -60,6 +69,7 @@ def fast_math(stored: Set[torch.dtype], used: Set[str]) -> Iterator[None]:
         for name, function in functions.items():
             stack.enter_context(patch.object(CppVecOverrides, name, _calls(name, function)))
         stack.enter_context(patch.object(CppVecKernel, "get_to_dtype_expr", converted))
+        stack.enter_context(patch.object(CppVecKernel, "_get_vec_load_line", loaded))
         stack.enter_context(patch.object(TilingSelect, "select_tiling", tiled))
         yield
 

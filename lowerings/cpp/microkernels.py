@@ -52,5 +52,11 @@ MICROKERNELS = {
     Isa.AVX_VNNI: Microkernel(
         {torch.uint8: "AvxVnni"}, 48, ("portable.h", "avx_vnni.h"), ("atomic", "cstring", "immintrin.h", "type_traits")
     ),
+    Isa.AVX2: Microkernel(
+        {torch.uint8: "Avx2<false>", torch.int8: "Avx2<true>"},
+        48,
+        ("avx2.h",),
+        ("atomic", "cstring", "immintrin.h", "type_traits"),
+    ),
     Isa.NONE: Microkernel({torch.uint8: "Portable"}, 48, ("portable.h",), ("atomic", "cstring", "type_traits")),
 }

@@ -54,10 +54,30 @@ static inline void store(float* p, F a, int n) {
     _mm512_mask_storeu_ps(p, mask(n), a.v[0]), _mm512_mask_storeu_ps(p + 16, mask(n) >> 16, a.v[1]);
 }
 #else
-static inline float sum(F a) { float r = 0; for (float lane : a.v) r += lane; return r; }
-static inline F fused_multiply_add(F a, F b, F c) { return add(mul(a, b), c); }
+static inline float sum(F a) {
+    const Floats halves = (a.v[0] + a.v[1]) + (a.v[2] + a.v[3]);
+    float r = 0;
+    for (int i = 0; i < 8; i++) r += halves[i];
+    return r;
+}
+static inline F fused_multiply_add(F a, F b, F c) {
+#ifdef __FMA__
+    for (int i = 0; i < VECTORS; i++) c.v[i] = _mm256_fmadd_ps(a.v[i], b.v[i], c.v[i]);
+    return c;
+#else
+    return add(mul(a, b), c);
+#endif
+}
 template <typename V, typename T, typename Lanes> static inline F load_like(const V*, const T* p, Lanes lanes) { return load(p, lanes); }
-template <typename T> static inline void store(T* p, F a, int n) { for (int i = 0; i < n; i++) p[i] = static_cast<T>(a.v[i]); }
+template <typename T> static inline void store(T* p, F a, int n) {
+    for_vectors(n, [&](int i, int lanes) {
+        const Shorts halves = bits(T(), a.v[i]);
+        std::memcpy(p + 8 * i, &halves, lanes * sizeof(T));
+    });
+}
+static inline void store(float* p, F a, int n) {
+    for_vectors(n, [&](int i, int lanes) { std::memcpy(p + 8 * i, &a.v[i], lanes * sizeof(float)); });
+}
 #endif
 
 // Calls body(k, lanes in use, first sum, second sum) all along a row, and returns both sums. They are sums of parts: a

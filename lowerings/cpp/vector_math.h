@@ -1,52 +1,136 @@
 // Functions of float vectors, inlined, for what Inductor fuses behind the matmul. Sleef's, which `at::vec` calls, take
 // most of the time of a fused GELU or SiLU. Errors are at most 4 ulp, but for the rough ones.
-// Only AVX-512 has its own; others call `at::vec`.
+// AVX-512 and AVX2 have their own; others call `at::vec`.
 #ifndef QFUSE_VECTOR_MATH
 #define QFUSE_VECTOR_MATH
 namespace qfuse {
 
+// ---- what a register can do. Of two operands, the least and the largest are the second one if one is NaN.
+
 #if defined(CPU_CAPABILITY_AVX512)
+#define QFUSE_REGISTERS
+using Register = __m512;
+static inline Register of(float a) { return _mm512_set1_ps(a); }
+static inline Register fused(Register a, Register b, Register c) { return _mm512_fmadd_ps(a, b, c); }          // a · b + c
+static inline Register fused_negated(Register a, Register b, Register c) { return _mm512_fnmadd_ps(a, b, c); } // c − a · b
+static inline Register least(Register a, Register b) { return _mm512_min_ps(a, b); }
+static inline Register largest(Register a, Register b) { return _mm512_max_ps(a, b); }
+static inline Register common_bits(Register a, Register b) { return _mm512_and_ps(a, b); }
+static inline Register all_bits(Register a, Register b) { return _mm512_or_ps(a, b); }
+static inline Register absolute(Register a) { return _mm512_abs_ps(a); }
+static inline Register nearest_integer(Register a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT); }
+static inline Register fraction(Register a) { return _mm512_reduce_ps(a, 9); } // a − ⌊a⌋
+static inline Register times_power_of_two(Register a, Register n) { return _mm512_scalef_ps(a, n); } // a · 2^⌊n⌋
+// `then` where a is more than b, and otherwise, or where one is NaN, `otherwise`
+static inline Register if_more(Register a, Register b, Register then, Register otherwise) {
+    return _mm512_mask_mov_ps(otherwise, _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), then);
+}
+
+#elif defined(CPU_CAPABILITY_AVX2)
+#define QFUSE_REGISTERS
+using Register = __m256;
+static inline Register of(float a) { return _mm256_set1_ps(a); }
+static inline Register fused(Register a, Register b, Register c) { return _mm256_fmadd_ps(a, b, c); }
+static inline Register fused_negated(Register a, Register b, Register c) { return _mm256_fnmadd_ps(a, b, c); }
+static inline Register least(Register a, Register b) { return _mm256_min_ps(a, b); }
+static inline Register largest(Register a, Register b) { return _mm256_max_ps(a, b); }
+static inline Register common_bits(Register a, Register b) { return _mm256_and_ps(a, b); }
+static inline Register all_bits(Register a, Register b) { return _mm256_or_ps(a, b); }
+static inline Register absolute(Register a) { return _mm256_andnot_ps(of(-0.0f), a); }
+static inline Register nearest_integer(Register a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT); }
+static inline Register fraction(Register a) {
+    const Register f = _mm256_sub_ps(a, _mm256_floor_ps(a));
+    return common_bits(f, _mm256_cmp_ps(absolute(a), of(INFINITY), _CMP_NEQ_UQ)); // of ∞: 0
+}
+static inline Register power_of_two(__m256i n) { // for −126 ≤ n ≤ 127
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
+}
+static inline Register times_power_of_two(Register a, Register n) {
+    // by two factors: a · 2ⁿ may be a float where 2ⁿ is none
+    const __m256i all = _mm256_cvtps_epi32(_mm256_floor_ps(largest(of(-200.0f), least(of(200.0f), n))));
+    const __m256i half = _mm256_srai_epi32(all, 1);
+    return _mm256_mul_ps(_mm256_mul_ps(a, power_of_two(half)), power_of_two(_mm256_sub_epi32(all, half)));
+}
+static inline Register if_more(Register a, Register b, Register then, Register otherwise) {
+    return _mm256_blendv_ps(otherwise, then, _mm256_cmp_ps(a, b, _CMP_GT_OQ));
+}
+#endif
+
+#ifdef QFUSE_REGISTERS
+// ---- functions. Sums and products are those of the compiler's vectors.
+
 // eˣ, after Cody and Waite: x = n · ln 2 + r. What overflows is inf, what underflows 0, NaN stays NaN.
-static inline __m512 exp_of(__m512 x) {
-    // outside of these bounds nothing changes any more; of two operands, min and max return the second if one is NaN
-    x = _mm512_min_ps(_mm512_set1_ps(89.0f), _mm512_max_ps(_mm512_set1_ps(-104.0f), x));
-    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    __m512 p = _mm512_set1_ps(1.9875691500e-4f); // the coefficients of Cephes' expf
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
-    p = _mm512_add_ps(_mm512_fmadd_ps(p, _mm512_mul_ps(r, r), r), _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, n);
+static inline Register exp_of(Register x) {
+    x = least(of(89.0f), largest(of(-104.0f), x)); // outside of these bounds nothing changes any more
+    const Register n = nearest_integer(x * of(1.44269504f));
+    Register r = fused_negated(n, of(0.693359375f), x);
+    r = fused_negated(n, of(-2.12194440e-4f), r);
+    Register p = of(1.9875691500e-4f); // the coefficients of Cephes' expf
+    p = fused(p, r, of(1.3981999507e-3f));
+    p = fused(p, r, of(8.3334519073e-3f));
+    p = fused(p, r, of(4.1665795894e-2f));
+    p = fused(p, r, of(1.6666665459e-1f));
+    p = fused(p, r, of(5.0000001201e-1f));
+    p = fused(p, r * r, r) + of(1.0f);
+    return times_power_of_two(p, n);
 }
 
 // erf x: a polynomial times x near zero, and 1 − e^(polynomial) beyond, as in N. Juffa's erff.
-static inline __m512 erf_of(__m512 x) {
-    const __m512 sign = _mm512_and_ps(x, _mm512_set1_ps(-0.0f)), t = _mm512_abs_ps(x), s = _mm512_mul_ps(x, x);
-    __m512 near = _mm512_set1_ps(-5.96761703e-4f);
-    near = _mm512_fmadd_ps(near, s, _mm512_set1_ps(4.99119423e-3f));
-    near = _mm512_fmadd_ps(near, s, _mm512_set1_ps(-2.67681349e-2f));
-    near = _mm512_fmadd_ps(near, s, _mm512_set1_ps(1.12819925e-1f));
-    near = _mm512_fmadd_ps(near, s, _mm512_set1_ps(-3.76125336e-1f));
-    near = _mm512_fmadd_ps(near, s, _mm512_set1_ps(1.28379166e-1f));
-    near = _mm512_fmadd_ps(near, x, x);
+static inline Register erf_of(Register x) {
+    const Register sign = common_bits(x, of(-0.0f)), t = absolute(x), s = x * x;
+    Register near = of(-5.96761703e-4f);
+    near = fused(near, s, of(4.99119423e-3f));
+    near = fused(near, s, of(-2.67681349e-2f));
+    near = fused(near, s, of(1.12819925e-1f));
+    near = fused(near, s, of(-3.76125336e-1f));
+    near = fused(near, s, of(1.28379166e-1f));
+    near = fused(near, x, x);
     // beyond 4, erf is 1 in float32, and the polynomial is not meant for more
-    const __m512 c = _mm512_min_ps(_mm512_set1_ps(4.0f), t), c2 = _mm512_mul_ps(c, c);
-    __m512 far = _mm512_fmadd_ps(_mm512_set1_ps(-1.72853470e-5f), c, _mm512_set1_ps(3.83197126e-4f));
-    const __m512 u = _mm512_fmadd_ps(_mm512_set1_ps(-3.88396438e-3f), c, _mm512_set1_ps(2.42546219e-2f));
-    far = _mm512_fmadd_ps(far, c2, u);
-    far = _mm512_fmadd_ps(far, c, _mm512_set1_ps(-1.06777877e-1f));
-    far = _mm512_fmadd_ps(far, c, _mm512_set1_ps(-6.34846687e-1f));
-    far = _mm512_fmadd_ps(far, c, _mm512_set1_ps(-1.28717512e-1f));
-    far = _mm512_fnmadd_ps(_mm512_set1_ps(1.0f), c, _mm512_mul_ps(far, c));
-    far = _mm512_or_ps(_mm512_sub_ps(_mm512_set1_ps(1.0f), exp_of(far)), sign);
-    // a NaN is near: no comparison with it holds
-    return _mm512_mask_mov_ps(near, _mm512_cmp_ps_mask(t, _mm512_set1_ps(0.921875f), _CMP_GT_OQ), far);
+    const Register c = least(of(4.0f), t), c2 = c * c;
+    Register far = fused(of(-1.72853470e-5f), c, of(3.83197126e-4f));
+    const Register u = fused(of(-3.88396438e-3f), c, of(2.42546219e-2f));
+    far = fused(far, c2, u);
+    far = fused(far, c, of(-1.06777877e-1f));
+    far = fused(far, c, of(-6.34846687e-1f));
+    far = fused(far, c, of(-1.28717512e-1f));
+    far = fused_negated(of(1.0f), c, far * c);
+    far = all_bits(of(1.0f) - exp_of(far), sign);
+    return if_more(t, of(0.921875f), far, near); // a NaN is near
 }
 
+static inline Register sigmoid_of(Register x) { return of(1.0f) / (of(1.0f) + exp_of(-x)); }
+
+// tanh x: Cephes' polynomial near zero, and 1 − 2 / (e^2|x| + 1) beyond.
+static inline Register tanh_of(Register x) {
+    const Register sign = common_bits(x, of(-0.0f)), t = absolute(x), s = x * x;
+    Register near = of(-5.70498872745e-3f);
+    near = fused(near, s, of(2.06390887954e-2f));
+    near = fused(near, s, of(-5.37397155531e-2f));
+    near = fused(near, s, of(1.33314422036e-1f));
+    near = fused(near, s, of(-3.33332819422e-1f));
+    near = fused(near * s, x, x);
+    const Register far = of(1.0f) - of(2.0f) / (exp_of(of(2.0f) * t) + of(1.0f));
+    return all_bits(if_more(t, of(0.625f), far, near), sign); // the polynomial loses the sign of zero
+}
+
+// 2ᶠ for 0 ≤ f < 1, relatively within 2e-7, and exact at 0 and 1.
+static inline Register rough_power_of_fraction(Register f) {
+    Register p = of(1.879318617e-3f);
+    p = fused(p, f, of(8.990994655e-3f));
+    p = fused(p, f, of(5.581867695e-2f));
+    p = fused(p, f, of(2.401592731e-1f));
+    p = fused(p, f, of(6.931517124e-1f));
+    return fused(p, f, of(1.0f));
+}
+
+// eˣ for results that are rounded to bfloat16, relatively within 2e-7 + 6e-8 |x|, where x is rounded.
+static inline Register rough_exp_of(Register x) {
+    const Register y = x * of(1.44269504f);
+    return times_power_of_two(rough_power_of_fraction(fraction(y)), y);
+}
+#endif
+
+#if defined(CPU_CAPABILITY_AVX512)
 // A cubic of x, whose coefficients are chosen out of 32 of each power by the last five bits of i.
 static inline __m512 cubic_of(__m512 x, const float (&coefficients)[4][32], __m512i i) {
     const auto coefficient = [&](int power) {
@@ -150,24 +234,6 @@ static inline __m512 rough_gelu_of(__m512 x) {
     return _mm512_sub_ps(_mm512_max_ps(_mm512_setzero_ps(), x), p); // of two operands, max returns the second if one is NaN
 }
 
-static inline __m512 sigmoid_of(__m512 x) {
-    const __m512 one = _mm512_set1_ps(1.0f);
-    return _mm512_div_ps(one, _mm512_add_ps(one, exp_of(_mm512_sub_ps(_mm512_setzero_ps(), x))));
-}
-
-// eˣ for results that are rounded to bfloat16: 2^(n + f) by a polynomial of 0 ≤ f < 1 that is exact at 0 and 1, relatively
-// within 2e-7 + 6e-8 |x|, where x is rounded.
-static inline __m512 rough_exp_of(__m512 x) {
-    const __m512 y = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), f = _mm512_reduce_ps(y, 9); // y − ⌊y⌋
-    __m512 p = _mm512_set1_ps(1.879318617e-3f);
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(8.990994655e-3f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.581867695e-2f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.401592731e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.931517124e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, y);
-}
-
 // a / b by one step of Newton's and one that corrects the rounding (Markstein 1990), in half the time of the instruction, and
 // as exact: of 24 million quotients, all were equal. By the instruction where one of the two is so large or so small that
 // something might overflow or underflow; and where a is zero, whose sign the correction loses.
@@ -180,29 +246,36 @@ static inline __m512 div_of(__m512 a, __m512 b) {
     const __m512 inverse = _mm512_fmadd_ps(rough, error, rough), quotient = _mm512_mul_ps(a, inverse);
     return _mm512_fmadd_ps(_mm512_fnmadd_ps(b, quotient, a), inverse, quotient);
 }
+#elif defined(CPU_CAPABILITY_AVX2)
+static inline Register rough_erf_of(Register x) { return erf_of(x); }
 
-static inline __m512 rough_sigmoid_of(__m512 x) {
-    const __m512 one = _mm512_set1_ps(1.0f);
-    return div_of(one, _mm512_add_ps(one, rough_exp_of(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+// GELU, x Φ(x) = max(x, 0) − |x| Φ(−|x|), for results that are rounded to bfloat16, within 1e-6, relatively within 1e-5 down
+// to −5.8, where it becomes 0. log₂ Φ(−t) is a polynomial of degree 7. Where x is −∞ it is 0, not NaN.
+static inline Register rough_gelu_of(Register x) {
+    // as integers, so that of NaN it is a number: the maximum is NaN
+    const __m256i bits = _mm256_castps_si256(absolute(x)), most = _mm256_castps_si256(of(5.8125f));
+    const Register t = _mm256_castsi256_ps(_mm256_min_epu32(bits, most));
+    Register p = of(-1.82944189e-06f);
+    p = fused(p, t, of(6.15070167e-05f));
+    p = fused(p, t, of(-0.000929926813f));
+    p = fused(p, t, of(0.00850599166f));
+    p = fused(p, t, of(-0.0539570563f));
+    p = fused(p, t, of(-0.458466589f));
+    p = fused(p, t, of(-1.15125048f));
+    p = fused(p, t, of(-0.999995291f));
+    const Register n = _mm256_floor_ps(p), power = rough_power_of_fraction(p - n) * power_of_two(_mm256_cvtps_epi32(n));
+    const Register product = if_more(of(5.8125f), t, t * power, of(0.0f));
+    return largest(of(0.0f), x) - product; // of two operands, the largest is the second if one is NaN
 }
 
-// tanh x: Cephes' polynomial near zero, and 1 − 2 / (e^2|x| + 1) beyond.
-static inline __m512 tanh_of(__m512 x) {
-    const __m512 sign = _mm512_and_ps(x, _mm512_set1_ps(-0.0f)), t = _mm512_abs_ps(x), s = _mm512_mul_ps(x, x);
-    __m512 near = _mm512_set1_ps(-5.70498872745e-3f);
-    near = _mm512_fmadd_ps(near, s, _mm512_set1_ps(2.06390887954e-2f));
-    near = _mm512_fmadd_ps(near, s, _mm512_set1_ps(-5.37397155531e-2f));
-    near = _mm512_fmadd_ps(near, s, _mm512_set1_ps(1.33314422036e-1f));
-    near = _mm512_fmadd_ps(near, s, _mm512_set1_ps(-3.33332819422e-1f));
-    near = _mm512_fmadd_ps(_mm512_mul_ps(near, s), x, x);
-    const __m512 one = _mm512_set1_ps(1.0f), two = _mm512_set1_ps(2.0f);
-    const __m512 far = _mm512_sub_ps(one, _mm512_div_ps(two, _mm512_add_ps(exp_of(_mm512_mul_ps(two, t)), one)));
-    const __mmask16 is_far = _mm512_cmp_ps_mask(t, _mm512_set1_ps(0.625f), _CMP_GT_OQ);
-    return _mm512_or_ps(_mm512_mask_mov_ps(near, is_far, far), sign); // the polynomial loses the sign of zero
-}
+static inline Register div_of(Register a, Register b) { return a / b; }
 #endif
 
-#if defined(CPU_CAPABILITY_AVX512)
+#ifdef QFUSE_REGISTERS
+static inline Register rough_sigmoid_of(Register x) { return div_of(of(1.0f), of(1.0f) + rough_exp_of(-x)); }
+#endif
+
+#ifdef QFUSE_REGISTERS
 #define QFUSE_VECTOR_FUNCTION(NAME, OTHERWISE)                                                                       \
     template <typename V>                                                                                            \
     static inline V NAME(const V& x) {                                                                               \
@@ -237,7 +310,7 @@ QFUSE_VECTOR_FUNCTION(rough_sigmoid, V(1) / (V(1) + x.neg().exp()))
 
 template <typename V>
 static inline V div(const V& a, const V& b) {
-#if defined(CPU_CAPABILITY_AVX512)
+#ifdef QFUSE_REGISTERS
     if constexpr (std::is_same_v<V, at::vec::Vectorized<float>>)
         return div_of(a, b);
     else
@@ -245,7 +318,7 @@ static inline V div(const V& a, const V& b) {
         return a / b;
 }
 
-#if defined(CPU_CAPABILITY_AVX512)
+#ifdef QFUSE_REGISTERS
 template <int N>
 static inline at::vec::VectorizedN<float, N> div(
     at::vec::VectorizedN<float, N> a, const at::vec::VectorizedN<float, N>& b) {

@@ -71,7 +71,7 @@ def notes(settings: Settings) -> list[str]:
     """Return what has to be said about the probes on this machine."""
     lines = []
     if not Peak("vnni", settings.threads).available:
-        lines.append("The CPU has neither AVX-512 VNNI nor AVX-VNNI: there is no peak to compare with.")
+        lines.append("The CPU has neither AVX-512 VNNI nor AVX-VNNI: the peak is that of AVX2's `vpmaddwd`.")
     if settings.amx and not Peak("amx", settings.threads).available:
         lines.append("The CPU has no AMX.")
     width = Reads(1 << 20, settings.threads).width

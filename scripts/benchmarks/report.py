@@ -30,7 +30,7 @@ LEGEND = {
         "quantization." + _DISTURBED
     ),
 }
-PEAKS = {"vnni": "% VNNI", "amx": "% AMX"}
+PEAKS = {"vnni": "% VNNI", "amx": "% AMX", "avx2": "% AVX2"}
 
 
 def linear_tables(cases: Sequence[Case]) -> Iterable[Table]:

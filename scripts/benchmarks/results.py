@@ -12,7 +12,7 @@ from typing import Any
 STOCK, BF16 = "int8, stock", "bf16, stock"
 
 #: The probes that read no memory.
-INSTRUCTIONS = {"vnni", "amx"}
+INSTRUCTIONS = {"vnni", "amx", "avx2"}
 
 #: A round is disturbed in which a probe of instructions reached less than this share of its best.
 UNDISTURBED = 0.9

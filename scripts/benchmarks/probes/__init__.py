@@ -19,7 +19,10 @@ _READ = "read "  # how the name of each way of reading begins
 
 
 class Peak:
-    """The int8 operations a second of one instruction, `vnni` (u8×s8) or `amx` (s8×s8), from registers only."""
+    """The operations a second of one instruction, from registers only.
+
+    name: `vnni` (u8×s8), `amx` (s8×s8), or `avx2` (s16×s16), which only counts for a CPU that has neither.
+    """
 
     def __init__(self, name: str, threads: int) -> None:
         self.name, self.threads = name, threads
@@ -45,7 +48,7 @@ class Peak:
 
 def peaks(threads: int, *, amx: bool) -> dict[str, Callable[[], float]]:
     """Return what measures the peak of each instruction of this CPU, by name. amx: whether its AMX counts."""
-    probes = [Peak(name, threads) for name in ("vnni", *(["amx"] if amx else []))]
+    probes = [Peak(name, threads) for name in ("vnni", "avx2", *(["amx"] if amx else []))]
     return {peak.name: peak.measure for peak in probes if peak.available}
 
 
