@@ -23,8 +23,8 @@ class Isa(enum.Enum):
 
 
 #: The activation's dtype that the matmul is fast in. AMX multiplies signed by signed. The VNNI instruction `vpdpbusd`
-#: takes unsigned times signed: there oneDNN runs a signed activation through a reference loop, far slower. Without
-#: either, it is slow in both.
+#: takes unsigned times signed: there oneDNN runs a signed activation through a reference loop, far slower. CPUs
+#: without either are not here: oneDNN runs reference loops for both, or saturates (`lowerings/onednn.py`).
 ACTIVATION_DTYPE = {
     Isa.AMX: torch.int8,
     Isa.AVX512_VNNI: torch.uint8,

@@ -351,6 +351,19 @@ def test_without_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
         _assert_same_bits(torch.compile(model), model, _rows(17, 67, dtype))
 
 
+def test_nan_in_low_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose bits are all below those of bfloat16 does not become an infinity; nor without AVX-512."""
+    program = "convert:bfloat16 %0; abs:bfloat16 %1; amax:bfloat16 %2; -> %3"
+    v = torch.randn(4, 70)
+    v.view(torch.int32)[1, 40] = 0x7F800001
+    for replaced in ("", "#define QFUSE_ROWS_AVX512"):
+        text = quantize_rows._TEMPLATE.replace(replaced, "") if replaced else quantize_rows._TEMPLATE
+        monkeypatch.setattr(quantize_rows, "_TEMPLATE", text)
+        torch._dynamo.reset()
+        model = Kernels([program])
+        _assert_same_bits(torch.compile(model), model, v)
+
+
 def test_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """A program, as it is lowered on GPUs, is what Inductor makes of its operators; here it makes C++ of both."""
     monkeypatch.setattr(

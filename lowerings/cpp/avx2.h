@@ -1,13 +1,12 @@
 // AVX2 without VNNI: `vpmaddwd` multiplies integers of 16 bits, 8 columns and 2 k at once. Not `vpmaddubsw`, which takes bytes:
-// its sums of two products saturate. Rows are split into integers of 16 bits once for a panel, and so is the panel where many
-// rows pass by.
+// its sums of two products saturate. Rows are split into integers of 16 bits in each call, and so is the panel for many rows.
 #ifndef QFUSE_AVX2
 #define QFUSE_AVX2
-#define QFUSE_TARGET_AVX2 __attribute__((target("avx2,fma")))
+#define QFUSE_TARGET_AVX2 __attribute__((target("avx2")))
 namespace qfuse {
 
-// Two k, as the 16 bits of four bytes that are the first and the third, or the second and the fourth. 32 k are the first pairs
-// of eight fours, and then the second ones.
+// Two k of a row or a column. Bytes 0 1 2 3 of each four are the pairs (0, 2) and (1, 3), which takes shifts and no shuffles; of
+// 32 k there are 8 × (0, 2), and then 8 × (1, 3).
 typedef int16_t Pair[2];
 
 // SIGNED: whether rows are int8.
@@ -30,7 +29,7 @@ class Avx2 {
             const int8_t* const columns = w.data + panel_columns * k;
             for (int64_t i = 0; i < x.count; ++i)
                 split_row(x.data + i * x.stride + k, length, rows_[i]);
-            if (x.count > few_rows) {
+            if (x.count > unsplit_rows) {
                 split_columns(columns, pairs);
                 add_split(x.count, pairs, block);
             } else {
@@ -43,13 +42,13 @@ class Avx2 {
 
  private:
     static constexpr int64_t most_k = 512, most_pairs = most_k / 2; // of a panel that is split: 64 KiB in the second-level cache
-    static constexpr int64_t few_rows = 18; // that a panel is not split for
-    static constexpr int64_t few_pairs = 64; // that they are multiplied by at once: 8 KiB of the panel
+    static constexpr int64_t unsplit_rows = 18; // up to so many, splitting the panel is not worth while
+    static constexpr int64_t few_pairs = 64; // that those are multiplied by at once: 8 KiB of the panel
 
     int64_t k_;
     alignas(64) Pair rows_[max_rows][most_pairs];
     alignas(64) Pair columns_[panel_columns / 16][most_pairs][16];
-    const int8_t* columns_from_ = nullptr; // what is split there
+    const int8_t* columns_from_ = nullptr; // what is split there: all calls are for one weight
 
     QFUSE_TARGET_AVX2 __attribute__((always_inline)) static inline __m256i first_of(__m256i bytes) {
         return _mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8);
@@ -119,8 +118,8 @@ class Avx2 {
         sums.store(out);
     }
 
-    // Add the products of few rows, of which a pair for each of `pairs` from `first` on counts, and of columns that are not
-    // split. One or two rows read wider.
+    // Add the products of few rows, by their pairs from `first` on, and of columns that are not split. One or two rows read
+    // more columns at once.
     void add(int64_t count, int64_t first, const int8_t* columns, int64_t pairs, int32_t* block) const {
         if (count == 1)
             return tile<1, 8>(rows_[0] + first, columns, pairs, block);
@@ -135,7 +134,7 @@ class Avx2 {
             });
     }
 
-    // Rows by 8 · VECTORS columns; meanwhile as many of the next pairs are fetched, and of the next panel.
+    // Rows by 8 · VECTORS columns, which fetches what comes behind them, in this panel or in the next.
     template <int ROWS, int VECTORS>
     QFUSE_TARGET_AVX2 __attribute__((noinline)) static void tile(
         const Pair* rows, const int8_t* columns, int64_t pairs, int32_t* out) {

@@ -23,7 +23,7 @@ namespace qfuse {
 
 constexpr int64_t panel_columns = 64, stored_columns = 32;
 
-// Rows of the activation, from `first` on: K contiguous bytes each, unsigned or (`shifted.h`, `amx.h`) bits of signed ones,
+// Rows of the activation, from `first` on: K contiguous bytes each, unsigned, or, where the microkernel takes them, signed ones,
 // `stride` bytes apart.
 struct Rows {
     const uint8_t* data;

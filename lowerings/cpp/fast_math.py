@@ -51,11 +51,11 @@ def fast_math(stored: Set[torch.dtype], used: Set[str]) -> Iterator[None]:
 
     def loaded(self: Any, var: str, index: Any, dtype: torch.dtype, load_mask: Any = None) -> str:
         line = str(load_line(self, var, index, dtype, load_mask))
-        # Of so many integers, AVX2's `Vectorized` loads a copy in memory, though they are all (torch 2.13).
+        # AVX2's `Vectorized<int32_t>`, told how many to load, makes a copy in memory, even of a whole vector (torch 2.13).
         bits = self._get_num_vectors(dtype) * self.vec_isa.bit_width()
-        is_whole = self.num_elems == bits // (8 * dtype.itemsize)
-        is_counted = load_mask is None and dtype is not torch.bool
-        return line.removesuffix(f", {cexpr_index(self.num_elems)})") + ")" if is_whole and is_counted else line
+        is_whole, count = 8 * dtype.itemsize * self.num_elems == bits, f", {cexpr_index(self.num_elems)})"
+        is_plain = "::loadu(" in line and line.endswith(count)
+        return line.removesuffix(count) + ")" if is_whole and is_plain else line
 
     def tiled(self: Any, *args: Any, **kwargs: Any) -> Any:
         factors, indices, stats = select(self, *args, **kwargs)

@@ -1,6 +1,6 @@
 // LayerNorm and RMSNorm of rows, computed in float32; the variance after the mean, so that nothing cancels out, with
-// what rounding left of the mean taken out of both (Chan, Golub & LeVeque 1983). `F`, `for_lanes`, `load` and `first`
-// are those of quantize_rows.cpp.jinja.
+// what rounding left of the mean taken out of both (Chan, Golub & LeVeque 1983). `F`, `load` and the
+// others that are not here are those of quantize_rows.cpp.jinja.
 #ifndef QFUSE_ROW_NORM
 #define QFUSE_ROW_NORM
 

@@ -42,7 +42,7 @@ static inline Register fraction(Register a) {
     const Register f = _mm256_sub_ps(a, _mm256_floor_ps(a));
     return common_bits(f, _mm256_cmp_ps(absolute(a), of(INFINITY), _CMP_NEQ_UQ)); // of ∞: 0
 }
-static inline Register power_of_two(__m256i n) { // for −126 ≤ n ≤ 127
+static inline Register power_of_two(__m256i n) { // for −126 ≤ n ≤ 127; of others, as where a NaN comes from, some number
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
 }
 static inline Register times_power_of_two(Register a, Register n) {
@@ -113,7 +113,7 @@ static inline Register tanh_of(Register x) {
     return all_bits(if_more(t, of(0.625f), far, near), sign); // the polynomial loses the sign of zero
 }
 
-// 2ᶠ for 0 ≤ f < 1, relatively within 2e-7, and exact at 0 and 1.
+// 2ᶠ for 0 ≤ f ≤ 1, relatively within 2e-7, and exact at 0 and 1.
 static inline Register rough_power_of_fraction(Register f) {
     Register p = of(1.879318617e-3f);
     p = fused(p, f, of(8.990994655e-3f));
@@ -273,9 +273,7 @@ static inline Register div_of(Register a, Register b) { return a / b; }
 
 #ifdef QFUSE_REGISTERS
 static inline Register rough_sigmoid_of(Register x) { return div_of(of(1.0f), of(1.0f) + rough_exp_of(-x)); }
-#endif
 
-#ifdef QFUSE_REGISTERS
 #define QFUSE_VECTOR_FUNCTION(NAME, OTHERWISE)                                                                       \
     template <typename V>                                                                                            \
     static inline V NAME(const V& x) {                                                                               \

@@ -71,7 +71,9 @@ def notes(settings: Settings) -> list[str]:
     """Return what has to be said about the probes on this machine."""
     lines = []
     if not Peak("vnni", settings.threads).available:
-        lines.append("The CPU has neither AVX-512 VNNI nor AVX-VNNI: the peak is that of AVX2's `vpmaddwd`.")
+        has_avx2 = Peak("avx2", settings.threads).available
+        peak = "the peak is that of AVX2's `vpmaddwd`" if has_avx2 else "there is no peak to compare with"
+        lines.append(f"The CPU has neither AVX-512 VNNI nor AVX-VNNI: {peak}.")
     if settings.amx and not Peak("amx", settings.threads).available:
         lines.append("The CPU has no AMX.")
     width = Reads(1 << 20, settings.threads).width
