@@ -51,7 +51,7 @@ def fast_math(stored: Set[torch.dtype], used: Set[str]) -> Iterator[None]:
 
     def loaded(self: Any, var: str, index: Any, dtype: torch.dtype, load_mask: Any = None) -> str:
         line = str(load_line(self, var, index, dtype, load_mask))
-        # AVX2's `Vectorized<int32_t>`, told how many to load, makes a copy in memory, even of a whole vector (torch 2.13).
+        # AVX2's `Vectorized<int32_t>`, told how many to load, copies them in memory, even a whole vector (torch 2.13).
         bits = self._get_num_vectors(dtype) * self.vec_isa.bit_width()
         is_whole, count = 8 * dtype.itemsize * self.num_elems == bits, f", {cexpr_index(self.num_elems)})"
         is_plain = "::loadu(" in line and line.endswith(count)
