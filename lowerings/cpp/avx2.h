@@ -21,9 +21,7 @@ class Avx2 {
     template <typename Store>
     void operator()(const Rows& x, Panel& w, int32_t* block, Part& part, const Store& store) {
         store_all(part, store);
-        for (int64_t i = 0; i < x.count; ++i)
-            for (int64_t j = 0; j < panel_columns; ++j)
-                block[i * panel_columns + j] = w.start ? w.start[j] : 0;
+        start_sums(x.count, w, block);
         for (int64_t k = 0; k < k_; k += most_k) {
             const int64_t length = std::min(most_k, k_ - k), pairs = (length + 63) / 64 * 32;
             const int8_t* const columns = w.data + panel_columns * k;

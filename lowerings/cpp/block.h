@@ -68,6 +68,13 @@ static inline void store_all(const Part& part, const Store& store) {
         store(0, part.rows, column);
 }
 
+// Writes what the sums of so many rows start from, for a microkernel that cuts K.
+static inline void start_sums(int64_t rows, const Panel& w, int32_t* block) {
+    for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < panel_columns; ++j)
+            block[i * panel_columns + j] = w.start ? w.start[j] : 0;
+}
+
 // Calls tile(row, its number of rows as a constant) for tiles of up to six rows. 16 rows are 6 + 5 + 5, not 6 + 6 + 4: small
 // tiles wait for the weight.
 template <typename Tile>

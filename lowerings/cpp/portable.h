@@ -14,9 +14,7 @@ class Portable {
     template <typename Store>
     void operator()(const Rows& x, const Panel& w, int32_t* block, Part& part, const Store& store) const {
         store_all(part, store);
-        for (int64_t i = 0; i < x.count; ++i)
-            for (int64_t j = 0; j < panel_columns; ++j)
-                block[i * panel_columns + j] = w.start ? w.start[j] : 0;
+        start_sums(x.count, w, block);
         for (int64_t k = 0; k < k_; k += exact_length) {
             const int64_t length = std::min(exact_length, k_ - k);
             alignas(64) float columns[exact_length][panel_columns];
