@@ -44,8 +44,8 @@ def _boxed(run: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
     return run
 
 
-def _run_with(model: Model, args: tuple[Any, ...], run: Callable[[GraphModule, list[Any]], Any], **kwargs: Any) -> Any:
-    """Run `model` through Inductor's joint-graph passes, with `run` in place of the compiled code."""
+def _compiled(model: Model, run: Callable[[GraphModule, list[Any]], Any], **kwargs: Any) -> Model:
+    """Return `model` compiled by Inductor up to its joint-graph passes, with `run` in place of the generated code."""
 
     def backend(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         with torch._functorch.config.patch(enable_autograd_cache=False):
@@ -61,19 +61,37 @@ def _run_with(model: Model, args: tuple[Any, ...], run: Callable[[GraphModule, l
     def call(*args: Any) -> Any:
         return model(*args)
 
-    return torch.compile(call, backend=backend)(*args)
+    return torch.compile(call, backend=backend)
 
 
 def unfused(model: Model, *args: Any) -> Any:
     """Run the graph as its producer made it."""
-    with qfuse.config.patch(enabled=False):
-        return _run_with(model, args, lambda gm, a: gm(*a), graph_pass=None, options={"freezing": False})
+    return _interpreted(model, args, Interpreter)[0]
 
 
 def in_float64(model: Model, *args: Any) -> Any:
     """Run the graph as its producer made it, but all that follows an integer matmul in float64: the true result."""
+    return _interpreted(model, args, _Float64)[0]
+
+
+def unfused_and_in_float64(model: Model, *args: Any) -> tuple[Any, Any]:
+    """Return both of one trace, which takes longer than running it."""
+    plain, exact = _interpreted(model, args, Interpreter, _Float64)
+    return plain, exact
+
+
+def _interpreted(model: Model, args: tuple[Any, ...], *interpreters: type[Interpreter]) -> list[Any]:
+    """Run the graph as its producer made it, by each of `interpreters`; it is traced once."""
+    interpreter: type[Interpreter]
+
+    def result_of(next_interpreter: type[Interpreter]) -> Any:
+        nonlocal interpreter
+        interpreter = next_interpreter
+        return compiled(*args)
+
     with qfuse.config.patch(enabled=False):
-        return _run_with(model, args, lambda gm, a: _Float64(gm).run(*a), graph_pass=None, options={"freezing": False})
+        compiled = _compiled(model, lambda gm, a: interpreter(gm).run(*a), graph_pass=None, options={"freezing": False})
+        return [result_of(each) for each in interpreters]
 
 
 class _Float64(Interpreter):
@@ -149,7 +167,7 @@ def snapshots() -> Iterator[tuple[_Snapshot, _Snapshot]]:
 def trace(model: Model, *args: Any) -> Traced:
     """Run `model` fused, its canonical ops by their reference implementation, without a compile."""
     with recording() as (matches, misses), snapshots() as (before, after):
-        result = _run_with(model, args, lambda gm, a: gm(*a), graph_pass=FUSION_PASS, options=None)
+        result = _compiled(model, lambda gm, a: gm(*a), graph_pass=FUSION_PASS, options=None)(*args)
     return Traced(result, qfuse.Report(matches, misses), before.ops, after.ops, after.outputs)
 
 
@@ -179,7 +197,7 @@ def assert_no_worse(result: Any, model: Model, *args: Any) -> None:
 
     In float32 both are a few ulp, and which of two orders of multiplication is luckier is chance: 2 ulp are granted.
     """
-    plain, exact = unfused(model, *args), in_float64(model, *args)
+    plain, exact = unfused_and_in_float64(model, *args)
     assert error(plain, exact) < 0.1  # not inf, or anything would do
     dtypes = [
         (r.dtype, p.dtype)
@@ -194,11 +212,11 @@ def without_amx() -> contextlib.AbstractContextManager[object]:
     return unittest.mock.patch("qfuse.problem.cpu_isa", return_value=Isa.AVX512_VNNI)
 
 
-def run_python(code: str, *, cwd: str | None = None, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run `code` in a fresh process that finds the tests' modules, and insist that it succeeds."""
+def run_python(code: str, *args: str, cwd: str | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run `code`, with `args`, in a fresh process that finds the tests' modules, and insist that it succeeds."""
     path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
+        [sys.executable, "-c", textwrap.dedent(code), *args],
         env={**os.environ, "PYTHONPATH": path, "COLUMNS": "120", **env},
         cwd=cwd,
         capture_output=True,

@@ -57,19 +57,28 @@ def test_changed_source_is_another_key(tmp_path: Path) -> None:
     for name in ("patterns", "lowerings"):
         shutil.copytree(source / name, package / name)
     shutil.copytree(source / "qfuse" / "_autoload", tmp_path / "_qfuse_autoload")
-    code = "import qfuse, qfuse.fusion_pass as f; print(qfuse.__file__, f.FUSION_PASS.uuid())"
+    code = f"""
+        import sys
+        sys.path.insert(0, {str(tmp_path)!r})
+        import qfuse
+        from pathlib import Path
+        from qfuse.fusion_pass import FUSION_PASS, source_hash
 
-    def uuid() -> str:
-        path, key = run_python(f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}").stdout.split()
-        assert path.startswith(str(tmp_path))
-        return key
-
-    keys = [uuid(), uuid()]
-    for file in ("lowerings/onednn.py", "lowerings/cpp/linear.cpp.jinja", "patterns/int8.py", "steps.py"):
-        (package / file).write_text((package / file).read_text() + "\n")
-        keys.append(uuid())
-    assert keys[0] == keys[1]
-    assert len(set(keys)) == 5
+        package = Path(qfuse.__file__).parent
+        print(package)
+        print(FUSION_PASS.uuid())
+        for name in sys.argv[1:]:
+            with (package / name).open("a") as file:
+                print(file=file)
+            source_hash.cache_clear()  # as in another process
+            print(FUSION_PASS.uuid())
+    """
+    changed = ("lowerings/onednn.py", "lowerings/cpp/linear.cpp.jinja", "patterns/int8.py", "steps.py")
+    path, key = run_python(code).stdout.split()
+    assert path == str(package)
+    _, *keys = run_python(code, *changed).stdout.split()
+    assert keys[0] == key
+    assert len(set(keys)) == 1 + len(changed)
 
 
 def test_options_are_part_of_the_key() -> None:

@@ -14,7 +14,7 @@ import expecttest
 import producers
 import pytest
 import torch
-from support import Model, snapshots, trace, unfused, without_amx
+from support import Model, trace, unfused, without_amx
 from torch import Tensor, nn
 from torch._inductor import config as inductor_config
 from torch._inductor.utils import run_and_get_code
@@ -30,6 +30,9 @@ aten, ops = torch.ops.aten, torch.ops.qfuse
 #: What the rewritten op is called where its outputs are taken in generated code, once a kernel.
 KERNEL = "q::for_lanes(K"
 
+#: The rewritten op in a graph.
+REWRITTEN = "qfuse.quantize_rows.default"
+
 
 @pytest.fixture(autouse=True)
 def _exact() -> Iterator[None]:
@@ -40,7 +43,7 @@ def _exact() -> Iterator[None]:
 
 def _quantizations(model: Model, *args: Any) -> int:
     """Return how many quantizations are rewritten in the graph."""
-    return trace(model, *args).after.count("qfuse.quantize_rows.default")
+    return trace(model, *args).after.count(REWRITTEN)
 
 
 def _compile(model: Model, *args: Any, **kwargs: Any) -> tuple[Any, int]:
@@ -121,8 +124,14 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 @pytest.mark.parametrize("quantize", WRITTEN, ids=lambda f: f.__name__)
 def test_written(quantize: Callable[..., tuple[Tensor, ...]], dtype: torch.dtype) -> None:
     model, x = Quantized(quantize), torch.randn(2, 5, 67).to(dtype)
-    assert _quantizations(model, x) == 1
-    assert torch.equal(trace(model, x).result, _unrewritten(model, x))
+    assert torch.equal(_rewritten(model, x), _unrewritten(model, x))
+
+
+def _rewritten(model: Model, *args: Any) -> Any:
+    """Insist that one quantization is rewritten, and return the graph's result."""
+    traced = trace(model, *args)
+    assert traced.after.count(REWRITTEN) == 1
+    return traced.result
 
 
 def _unrewritten(model: Model, *args: Any) -> Any:
@@ -140,8 +149,7 @@ def test_producers(name: str, dtype: torch.dtype) -> None:
     (row,) = (row for row in producers.ROWS if row.name == name)
     model = row.make(32, 67, dtype, True)
     inputs = model.inputs(2, 5)
-    assert _quantizations(model, *inputs) == 1
-    assert torch.equal(trace(model, *inputs).result, _unrewritten(model, *inputs))
+    assert torch.equal(_rewritten(model, *inputs), _unrewritten(model, *inputs))
 
 
 class TestGraphs(expecttest.TestCase):
@@ -492,7 +500,6 @@ class Attention(nn.Module):
 def test_shared() -> None:
     """q, k and v are quantized by one kernel, and the GELU is computed once."""
     model, x = Attention(), torch.randn(2, 9, 67, dtype=torch.bfloat16)
-    assert _quantizations(model, x) == 1
     result, kernels = _compile(model, x)
     assert kernels == 1
     with qfuse.config.patch(fuse_quantization=False):
@@ -526,10 +533,8 @@ def test_both_signednesses() -> None:
         return a, linear(u, w, none, rows, one, None, [], [], 128, torch.float32, "aten")
 
     x, w = torch.randn(20, 67), producers.quantized(32, 67)
-    assert _quantizations(run, x, w) == 1
-    with qfuse.config.patch(fuse_quantization=False):
-        expected = trace(run, x, w).result
-    assert all(map(torch.equal, trace(run, x, w).result, expected))
+    expected = _unrewritten(run, x, w)
+    assert all(map(torch.equal, _rewritten(run, x, w), expected))
     assert torch.equal(*expected)
 
 
@@ -543,8 +548,7 @@ def test_left_in_part() -> None:
             return super().forward(x), other, scale.exp() + 1, x / scale
 
     model, x = Both(absmax), torch.randn(20, 67)
-    assert _quantizations(model, x) == 1
-    assert all(map(torch.equal, trace(model, x).result, _unrewritten(model, x)))
+    assert all(map(torch.equal, _rewritten(model, x), _unrewritten(model, x)))
     result, _ = _compile(model, x)
     for got, expected in zip(result, unfused(model, x), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
@@ -621,9 +625,9 @@ NEGATIVES = (over_columns, over_all, by_sum, unknown, of_neighbours, across, of_
 @pytest.mark.parametrize("quantize", NEGATIVES, ids=lambda f: f.__name__)
 def test_not_rewritten(quantize: Callable[..., tuple[Tensor, ...]]) -> None:
     model, x = Quantized(quantize, 64), torch.randn(64, 64)
-    assert _quantizations(model, x) == 0
-    with snapshots():
-        assert torch.equal(trace(model, x).result, _unrewritten(model, x))
+    traced = trace(model, x)
+    assert REWRITTEN not in traced.after
+    assert torch.equal(traced.result, _unrewritten(model, x))
 
 
 def test_no_linear() -> None:
