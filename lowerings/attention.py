@@ -1,4 +1,4 @@
-"""The Inductor lowering of `qfuse::attention`: C++ kernels for CPUs with AVX-512, see `cpp/attention.h`."""
+"""The Inductor lowering of `qfuse::attention`: C++ kernels for CPUs with AVX-512 or AVX2, see `cpp/attention.h`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch._inductor import ir
 from torch._inductor.codegen.cpp_template import CppTemplate
 from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel
 from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
-from torch._inductor.cpu_vec_isa import VecAMX, VecAVX512, pick_vec_isa
+from torch._inductor.cpu_vec_isa import VecAMX, VecAVX2, VecAVX512, pick_vec_isa
 from torch._inductor.lowering import fallback_handler, register_lowering
 from torch._inductor.utils import Placeholder, convert_shape_to_inductor, parallel_num_threads
 from torch._inductor.virtualized import V
@@ -47,6 +47,7 @@ _SHARED = ("attention_vectors.h", "attention.h")
 _FEW_QUERIES = Kernel("FewQueriesAttention", (*_SHARED, "attention_few_queries.h"))
 _AVX512 = Kernel("Avx512Attention", (*_SHARED, "attention_avx512.h"))
 _AVX512_BF16 = Kernel("Avx512Bf16Attention", (*_SHARED, "attention_bf16.h", "attention_avx512_bf16.h"))
+_AVX2 = Kernel("Avx2Attention", ("attention_vectors_avx2.h", "attention.h", "attention_avx2.h"))
 _AMX = Kernel("AmxAttention", ("block.h", "amx_permission.h", *_SHARED, "attention_bf16.h", "attention_amx.h"))
 
 _LARGEST_HEAD = 256
@@ -62,6 +63,7 @@ _LEAST_FOR_AMX = 4
 _LEAST_FOR_AVX512 = 16
 #: With fewer, ATen's sums are also more exact: by up to 10 %.
 _LEAST_IN_FLOAT32 = 64
+_LEAST_FOR_AVX2 = {torch.float16: 16, torch.bfloat16: 32, torch.float32: _LEAST_IN_FLOAT32}
 
 
 def why_unsupported(q: Any, k: Any, v: Any, mask: Any | None) -> str | None:
@@ -81,9 +83,10 @@ def why_unsupported(q: Any, k: Any, v: Any, mask: Any | None) -> str | None:
 
 def kernel_for(q: torch.Tensor, k: torch.Tensor) -> Kernel | None:
     """Return the kernel for fake tensors like these, or None where ATen's is faster or more exact."""
-    if not _has_avx512():
-        return None
     queries = q.shape[1] // k.shape[1] * q.shape[2]  # that share a head of keys
+    if not _has_avx512():
+        least = _LEAST_FOR_AVX2.get(q.dtype)
+        return _AVX2 if least and _has_avx2() and statically_known_true(queries >= least) else None
     if q.dtype is torch.float32:
         return _AVX512 if statically_known_true(queries >= _LEAST_IN_FLOAT32) else None
     if q.dtype not in (torch.bfloat16, torch.float16):
@@ -113,6 +116,10 @@ def _can_be_read_as_if_expanded(mask: Sequence[Any], scores: Sequence[Any]) -> b
 
 def _has_avx512() -> bool:
     return isinstance(pick_vec_isa(), VecAVX512)
+
+
+def _has_avx2() -> bool:
+    return isinstance(pick_vec_isa(), VecAVX2)
 
 
 def _has_amx() -> bool:

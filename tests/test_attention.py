@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,8 +23,8 @@ from qfuse.attention import _FLASH, _replace
 from qfuse.lowerings import attention as lowering
 
 ATTENTION, FLASH = "qfuse.attention.default", "aten._scaled_dot_product_flash_attention_for_cpu.default"
-needs_amx = pytest.mark.skipif(not lowering._has_amx(), reason="this machine has no AMX")
 needs_avx512 = pytest.mark.skipif(not lowering._has_avx512(), reason="this machine has no AVX-512")
+needs_any = pytest.mark.skipif(not (lowering._has_avx512() or lowering._has_avx2()), reason="this machine has no AVX2")
 
 
 class Block(nn.Module):
@@ -246,6 +247,18 @@ def test_kernels(
         assert (kernel.class_name if kernel else None) == (f"{name}Attention" if name else None), queries
 
 
+@pytest.mark.parametrize(
+    ("dtype", "least"), [(torch.float32, 64), (torch.bfloat16, 32), (torch.float16, 16), (torch.float64, None)], ids=str
+)
+def test_kernel_for_avx2(dtype: torch.dtype, least: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lowering, "_has_avx512", lambda: False)
+    for has_avx2, queries in itertools.product((True, False), (15, 16, 31, 32, 63, 64)):
+        monkeypatch.setattr(lowering, "_has_avx2", lambda has=has_avx2: has)
+        kernel = lowering.kernel_for(torch.empty(1, 4, queries, 32, dtype=dtype), torch.empty(1, 4, 9, 32))
+        is_chosen = has_avx2 and least is not None and queries >= least
+        assert kernel is (lowering._AVX2 if is_chosen else None)
+
+
 def _strides(x: Tensor) -> list[int]:
     return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
 
@@ -272,18 +285,21 @@ SIZES = [
 ]
 
 
-AMX, AVX512, AVX512_BF16 = "AmxAttention", "Avx512Attention", "Avx512Bf16Attention"
+AMX, AVX512, AVX512_BF16, AVX2 = "AmxAttention", "Avx512Attention", "Avx512Bf16Attention", "Avx2Attention"
 
 
-@pytest.fixture(params=[AMX, AVX512, AVX512_BF16])
+@pytest.fixture(params=[AMX, AVX512, AVX512_BF16, AVX2])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The kernel that runs, whether it would be chosen or not."""
-    if request.param == AMX and not lowering._has_amx():
-        pytest.skip("this machine has no AMX")
-    if request.param == AVX512_BF16 and not torch.cpu.get_capabilities().get("avx512_bf16"):
-        pytest.skip("this machine has no AVX-512 BF16")
-    kernels = {AMX: lowering._AMX, AVX512: lowering._AVX512, AVX512_BF16: lowering._AVX512_BF16}
-    chosen = kernels[request.param]
+    has = torch.cpu.get_capabilities().get
+    chosen, runs = {
+        AMX: (lowering._AMX, lowering._has_amx()),
+        AVX512: (lowering._AVX512, lowering._has_avx512()),
+        AVX512_BF16: (lowering._AVX512_BF16, lowering._has_avx512() and has("avx512_bf16")),
+        AVX2: (lowering._AVX2, has("avx2")),
+    }[request.param]
+    if not runs:
+        pytest.skip("this machine has not the instructions")
     monkeypatch.setattr(lowering, "kernel_for", lambda q, k: chosen)
     monkeypatch.setattr(lowering, "_reference", None)  # which would run if the kernel failed
     torch._dynamo.reset()
@@ -291,7 +307,7 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         yield request.param
 
 
-@needs_avx512
+@needs_any
 def test_elements_that_lie_apart() -> None:
     """The result has q's strides, and the kernel stores rows of elements: this is ATen's."""
     q = torch.randn(2, 4, 32, 70).bfloat16().transpose(2, 3)
@@ -303,7 +319,6 @@ def test_elements_that_lie_apart() -> None:
     check(result, q, k, v, None, False, None)
 
 
-@needs_avx512
 @pytest.mark.usefixtures("kernel")
 class TestKernel:
     @pytest.mark.parametrize("sizes", SIZES, ids=str)
@@ -315,6 +330,9 @@ class TestKernel:
             (AVX512, torch.float32),
             (AVX512, torch.bfloat16),
             (AVX512, torch.float16),
+            (AVX2, torch.float32),
+            (AVX2, torch.bfloat16),
+            (AVX2, torch.float16),
         ],
         ids=str,
         indirect=["kernel"],
@@ -336,14 +354,15 @@ class TestKernel:
             (torch.randn(keys, rows).t(), True, None),
             (of_rows, False, None),
         ]
-        some = cases[:2] if size != 64 else cases if kernel != AVX512 or dtype is torch.float32 else cases[2:3]
+        is_narrow = kernel in (AVX512, AVX2) and dtype is not torch.float32  # of a kernel that has all cases in float32
+        some = cases[:2] if size != 64 else cases[2:3] if is_narrow else cases
         for mask, is_causal, scale in some:
             check(run(q, k, v, mask, is_causal, scale), q, k, v, mask, is_causal, scale)
 
     def test_many_keys(self, kernel: str) -> None:
         """Sums of values that do not cancel out: of all keys, they are as exact as ATen's."""
         torch.manual_seed(0)
-        dtype = torch.float32 if kernel == AVX512 else torch.bfloat16
+        dtype = torch.float32 if kernel in (AVX512, AVX2) else torch.bfloat16
         for q in (heads(1, 1, 64, 64, dtype), torch.zeros(1, 1, 64, 64, dtype=dtype)):
             k, v = heads(1, 1, 8192, 64, dtype), heads(1, 1, 8192, 64, dtype).abs()
             check(run(q, k, v), q, k, v, None, False, None)
@@ -572,8 +591,8 @@ class TestFewQueries:
         assert (result - other).norm() <= 0.05 * other.norm()
 
 
-@needs_avx512
-@pytest.mark.parametrize("limit", ["", "AVX512_CORE_BF16"])
+@needs_any
+@pytest.mark.parametrize("limit", ["", pytest.param("AVX512_CORE_BF16", marks=needs_avx512)])
 def test_ahead_of_time(limit: str, tmp_path: Path) -> None:
     run_python(COMPILE, cwd=str(tmp_path), **({"ONEDNN_MAX_CPU_ISA": limit} if limit else {}))
     run_python(RUN, cwd=str(tmp_path))
