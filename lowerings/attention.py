@@ -86,7 +86,7 @@ def kernel_for(q: torch.Tensor, k: torch.Tensor) -> Kernel | None:
     queries = q.shape[1] // k.shape[1] * q.shape[2]  # that share a head of keys
     if not _has_avx512():
         least = _LEAST_FOR_AVX2.get(q.dtype)
-        return _AVX2 if least and _has_avx2() and statically_known_true(queries >= least) else None
+        return None if least is None or not _has_avx2() or statically_known_true(queries < least) else _AVX2
     if q.dtype is torch.float32:
         return _AVX512 if statically_known_true(queries >= _LEAST_IN_FLOAT32) else None
     if q.dtype not in (torch.bfloat16, torch.float16):
