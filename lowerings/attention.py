@@ -61,9 +61,9 @@ _MOST_FEW_BESIDE_AMX = 4
 #: With fewer, packing takes longer than ATen's op.
 _LEAST_FOR_AMX = 4
 _LEAST_FOR_AVX512 = 16
+_LEAST_FOR_AVX2 = {torch.float16: 16, torch.bfloat16: 32}
 #: With fewer, ATen's sums are also more exact: by up to 10 %.
 _LEAST_IN_FLOAT32 = 64
-_LEAST_FOR_AVX2 = {torch.float16: 16, torch.bfloat16: 32, torch.float32: _LEAST_IN_FLOAT32}
 
 
 def why_unsupported(q: Any, k: Any, v: Any, mask: Any | None) -> str | None:
@@ -83,14 +83,15 @@ def why_unsupported(q: Any, k: Any, v: Any, mask: Any | None) -> str | None:
 
 def kernel_for(q: torch.Tensor, k: torch.Tensor) -> Kernel | None:
     """Return the kernel for fake tensors like these, or None where ATen's is faster or more exact."""
-    queries = q.shape[1] // k.shape[1] * q.shape[2]  # that share a head of keys
-    if not _has_avx512():
-        least = _LEAST_FOR_AVX2.get(q.dtype)
-        return None if least is None or not _has_avx2() or statically_known_true(queries < least) else _AVX2
-    if q.dtype is torch.float32:
-        return _AVX512 if statically_known_true(queries >= _LEAST_IN_FLOAT32) else None
-    if q.dtype not in (torch.bfloat16, torch.float16):
+    has_avx512 = _has_avx512()
+    if not (has_avx512 or _has_avx2()) or q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None
+    queries = q.shape[1] // k.shape[1] * q.shape[2]  # that share a head of keys
+    if q.dtype is torch.float32:
+        fast = _AVX512 if has_avx512 else _AVX2
+        return fast if statically_known_true(queries >= _LEAST_IN_FLOAT32) else None
+    if not has_avx512:
+        return None if statically_known_true(queries < _LEAST_FOR_AVX2[q.dtype]) else _AVX2
     may_use_amx = q.dtype is torch.bfloat16 and _has_amx()
     most_few = _MOST_FEW_BESIDE_AMX if may_use_amx else _MOST_FEW
     if statically_known_true(k.shape[1] < q.shape[1]) and statically_known_true(queries <= most_few):

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -9,10 +8,6 @@ from torch._dynamo import guards
 from torch._inductor import config as inductor_config
 
 import qfuse
-
-#: The compiler knows the CPU: else each process compiles and loads a library to find out, for up to ten seconds.
-os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
-inductor_config.cpp.vec_isa_ok = True
 
 #: Dynamo times the guards of each compile, for a log, and flushes the caches for it: a twentieth of what tests take.
 guards.profile_guard_manager = lambda *_: 0.0

@@ -212,11 +212,11 @@ def without_amx() -> contextlib.AbstractContextManager[object]:
     return unittest.mock.patch("qfuse.problem.cpu_isa", return_value=Isa.AVX512_VNNI)
 
 
-def run_python(code: str, *args: str, cwd: str | None = None, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run `code`, with `args`, in a fresh process that finds the tests' modules, and insist that it succeeds."""
+def run_python(code: str, *, cwd: str | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a fresh process that finds the tests' modules, and insist that it succeeds."""
     path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), *args],
+        [sys.executable, "-c", textwrap.dedent(code)],
         env={**os.environ, "PYTHONPATH": path, "COLUMNS": "120", **env},
         cwd=cwd,
         capture_output=True,

@@ -57,28 +57,32 @@ def test_changed_source_is_another_key(tmp_path: Path) -> None:
     for name in ("patterns", "lowerings"):
         shutil.copytree(source / name, package / name)
     shutil.copytree(source / "qfuse" / "_autoload", tmp_path / "_qfuse_autoload")
-    code = f"""
-        import sys
-        sys.path.insert(0, {str(tmp_path)!r})
-        import qfuse
-        from pathlib import Path
-        from qfuse.fusion_pass import FUSION_PASS, source_hash
-
-        package = Path(qfuse.__file__).parent
-        print(package)
-        print(FUSION_PASS.uuid())
-        for name in sys.argv[1:]:
-            with (package / name).open("a") as file:
-                print(file=file)
-            source_hash.cache_clear()  # as in another process
-            print(FUSION_PASS.uuid())
-    """
     changed = ("lowerings/onednn.py", "lowerings/cpp/linear.cpp.jinja", "patterns/int8.py", "steps.py")
-    path, key = run_python(code).stdout.split()
-    assert path == str(package)
-    _, *keys = run_python(code, *changed).stdout.split()
+    (key,) = _keys(package, ())
+    keys = _keys(package, changed)
     assert keys[0] == key
     assert len(set(keys)) == 1 + len(changed)
+
+
+def _keys(package: Path, changed: tuple[str, ...]) -> list[str]:
+    """Return the keys, in one new process, of `package` as it is, and after each of its files that are changed."""
+    path, *keys = run_python(
+        f"""
+        import sys
+        sys.path.insert(0, {str(package.parent)!r})
+        import qfuse
+        from qfuse.fusion_pass import FUSION_PASS, source_hash
+
+        print(qfuse.__file__, FUSION_PASS.uuid())
+        for file in {[str(package / name) for name in changed]}:
+            with open(file, "a") as source:
+                print(file=source)
+            source_hash.cache_clear()  # as in another process
+            print(FUSION_PASS.uuid())
+        """
+    ).stdout.split()
+    assert path == str(package / "__init__.py")
+    return keys
 
 
 def test_options_are_part_of_the_key() -> None:

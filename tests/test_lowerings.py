@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import pytest
@@ -34,15 +35,17 @@ class Case:
     offsets: int = 0
 
 
-# All of what an epilogue may be, and each two of its properties with each zero point, whose code stands apart.
 CASES = [
-    Case(torch.uint8, out_dtype, (0, 128, 3)[(a + b + c + d) % 3], x_scale, w_scale, bias)
-    for a, out_dtype in enumerate([torch.float32, torch.bfloat16, torch.float16])
-    for b, x_scale in enumerate(["row", "tensor"])
-    for c, w_scale in enumerate(["column", "tensor"])
-    for d, bias in enumerate([None, torch.float32, torch.bfloat16])
-]
-CASES += [Case(torch.int8, torch.float32, z, "row", "column", torch.float32) for z in (0, -5)]
+    Case(*c)
+    for c in itertools.product(
+        [torch.uint8],
+        [torch.float32, torch.bfloat16, torch.float16],
+        [0, 128, 3],
+        ["row", "tensor"],
+        ["column", "tensor"],
+        [None, torch.float32, torch.bfloat16],
+    )
+] + [Case(torch.int8, torch.float32, z, "row", "column", torch.float32) for z in (0, -5)]
 CASES += [
     Case(torch.uint8, dtype, 128, "row", "column", bias, n)
     for dtype, bias, n in [

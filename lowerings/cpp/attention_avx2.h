@@ -17,7 +17,7 @@ class Avx2Attention {
     using Known = AttentionRows<rows>;
 
     explicit Avx2Attention(int64_t all_keys)
-        : capacity_(std::min(window, ceil_div(all_keys, panel) * panel)), k_(capacity_ * padded_head), v_(capacity_ * padded_head) {}
+        : capacity_(std::min(window, ceil_div(all_keys, panel) * panel)), k_(capacity_ * D), v_(capacity_ * padded_head) {}
 
     QFUSE_TARGET_AVX2_FMA void pack(const T* k, int64_t k_stride, const T* v, int64_t v_stride, int64_t count) {
         for (int64_t key = 0; key < ceil_div(count, panel) * panel; key += 8)
