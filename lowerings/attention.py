@@ -43,11 +43,11 @@ class Kernel:
         return [(_FOLDER / "cpp" / name).read_text() for name in self.headers]
 
 
-_SHARED = ("attention_vectors.h", "attention.h")
+_SHARED = ("attention_registers_avx512.h", "attention_vectors.h", "attention.h")
 _FEW_QUERIES = Kernel("FewQueriesAttention", (*_SHARED, "attention_few_queries.h"))
-_AVX512 = Kernel("Avx512Attention", (*_SHARED, "attention_avx512.h"))
+_AVX512 = Kernel("Avx512Attention", (*_SHARED, "attention_float32.h"))
 _AVX512_BF16 = Kernel("Avx512Bf16Attention", (*_SHARED, "attention_bf16.h", "attention_avx512_bf16.h"))
-_AVX2 = Kernel("Avx2Attention", ("attention_vectors_avx2.h", "attention.h", "attention_avx2.h"))
+_AVX2 = Kernel("Avx2Attention", ("attention_registers_avx2.h", *_SHARED[1:], "attention_float32.h"))
 _AMX = Kernel("AmxAttention", ("block.h", "amx_permission.h", *_SHARED, "attention_bf16.h", "attention_amx.h"))
 
 _LARGEST_HEAD = 256

@@ -11,6 +11,7 @@ class Avx512Bf16Attention : public Bf16Attention<T, D> {
 
  public:
     using Base::Base, Base::padded_head, Base::score_stride;
+    static constexpr int64_t sums_rows = 8; // by 2 vectors: half of the registers
 
     float* scores(int64_t first, int64_t count) {
         for (int64_t key = 0; key < count; key += 32)
@@ -38,8 +39,8 @@ class Avx512Bf16Attention : public Bf16Attention<T, D> {
     QFUSE_TARGET_BF16 __attribute__((noinline)) static void multiply(
         const uint16_t* a, int64_t a_stride, const uint16_t* b, int64_t right, int64_t down, int64_t depth, bool is_first,
         float* out, int64_t out_stride) {
-        Sums sums;
-        clear(sums);
+        Sums<sums_rows> sums;
+        clear<sums_rows>(sums);
         for (int64_t k = 0; k < depth; k += 32, b += down)
             for (int64_t pair = 0; pair < 32; pair += 2) {
                 const __m512i columns[] = {_mm512_load_si512(b + 16 * pair), _mm512_load_si512(b + right + 16 * pair)};
@@ -52,7 +53,7 @@ class Avx512Bf16Attention : public Bf16Attention<T, D> {
                         sums[i][j] = _mm512_dpbf16_ps(sums[i][j], (__m512bh)_mm512_set1_epi32(two), (__m512bh)columns[j]);
                 }
             }
-        add_sums(sums, is_first, out, out_stride);
+        add_sums<sums_rows>(sums, is_first, out, out_stride);
     }
 };
 
