@@ -34,7 +34,10 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=at_least(1), metavar="N", help="threads to compute with (default: all cores)")
     parser.add_argument(
-        "--rounds", type=at_least(2), metavar="N", default=60, help="timed calls of each engine (default: 60)"
+        "--rounds",
+        type=at_least(2),
+        metavar="N",
+        help="timed calls of each engine (default: 60, fewer where that takes long)",
     )
     return parser.parse_args()
 

@@ -31,6 +31,8 @@ from qfuse.records import recording
 
 BATCH, TOKENS = 8, 128
 WARM_UP_ROUNDS = 3
+#: Unless the user says how many: ROUNDS, or what is done in LONGEST seconds. A stock int8 call can take 9 seconds.
+ROUNDS, LEAST_ROUNDS, LONGEST = 60, 5, 60
 LOWEST_COSINE = 0.995
 ISA_FLAGS = ("avx2", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 
@@ -58,8 +60,8 @@ class Engine:
         return statistics.median(theirs / own for own, theirs in zip(self.seconds, other.seconds, strict=True))
 
 
-def run(threads: int | None, rounds: int) -> None:
-    """Do everything, with `threads` threads and `rounds` timed calls of each engine.
+def run(threads: int | None, rounds: int | None) -> None:
+    """Do everything, with `threads` threads and `rounds` timed calls of each engine, see `ROUNDS`.
 
     Raises:
         DemoError: a linear was not fused, or qfuse's int8 is inexact or slower than stock int8.
@@ -174,12 +176,18 @@ def full_batch(tokenizer: Any) -> Inputs:
     return ids, mask
 
 
-def measure(console: Console, engines: Sequence[Engine], inputs: Inputs, rounds: int) -> None:
+def measure(console: Console, engines: Sequence[Engine], inputs: Inputs, rounds: int | None) -> None:
     """Time the engines alternately, so that whatever else the machine does falls on all of them."""
+    total = WARM_UP_ROUNDS + (rounds or ROUNDS)
+    began = time.perf_counter()
     # Drawn between the rounds only: a thread that redraws would take time from the engines.
     with Progress(console=console, auto_refresh=False) as progress:
-        task = progress.add_task(f"timing {BATCH} × {TOKENS} tokens", total=WARM_UP_ROUNDS + rounds)
-        for done in range(WARM_UP_ROUNDS + rounds):
+        task = progress.add_task(f"timing {BATCH} × {TOKENS} tokens", total=total)
+        for done in range(total):
+            is_long = time.perf_counter() - began > LONGEST
+            if rounds is None and is_long and done >= WARM_UP_ROUNDS + LEAST_ROUNDS:
+                progress.update(task, total=done)
+                break
             first = done % len(engines)
             for engine in (*engines[first:], *engines[:first]):
                 start = time.perf_counter()

@@ -141,7 +141,7 @@ QFUSE_INLINE_AVX2_FMA void transpose(__m256 (&a)[8]) {
         a[i] = b[i];
 }
 
-// Tell whether a mask adds nothing to scores: all of it is zero. stride: as above, of the mask's keys.
+// Tell whether a mask adds nothing to scores: all of it is zero. stride: of its keys, 0 if one stands for all.
 template <typename M>
 QFUSE_TARGET_AVX2_FMA static bool adds_nothing(const M* mask, int64_t stride, int64_t count) {
     const auto* const bytes = reinterpret_cast<const char*>(mask);

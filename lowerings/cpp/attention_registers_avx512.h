@@ -127,7 +127,7 @@ QFUSE_INLINE_AVX512 void transpose(__m512i (&a)[16]) {
 }
 QFUSE_INLINE_AVX512 void transpose(__m512 (&a)[16]) { transpose(reinterpret_cast<__m512i (&)[16]>(a)); }
 
-// Tell whether a mask adds nothing to scores: all of it is zero. stride: as above, of the mask's keys.
+// Tell whether a mask adds nothing to scores: all of it is zero. stride: of its keys, 0 if one stands for all.
 template <typename M>
 QFUSE_TARGET_AVX512 static bool adds_nothing(const M* mask, int64_t stride, int64_t count) {
     const auto* const bytes = reinterpret_cast<const char*>(mask);
