@@ -21,8 +21,8 @@ def attention_reference(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
 ) -> Tensor:
     """Compute `qfuse::attention` by ATen, which takes as many heads of k and v as of q."""
-    if q.numel() == 0:
-        return torch.empty_like(q)
+    if q.numel() == 0 or k.shape[2] == 0:
+        return torch.zeros_like(q)  # ATen's op divides by zero
     if k.shape[1] != q.shape[1]:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     # ATen's op reads rows as if their elements were next to each other, wherever they are
