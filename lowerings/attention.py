@@ -45,9 +45,9 @@ class Kernel:
 
 _SHARED = ("attention_registers_avx512.h", "attention_vectors.h", "attention.h")
 _FEW_QUERIES = Kernel("FewQueriesAttention", (*_SHARED, "attention_few_queries.h"))
-_AVX512 = Kernel("Avx512Attention", (*_SHARED, "attention_float32.h"))
+_AVX512 = Kernel("Float32Attention", (*_SHARED, "attention_float32.h"))
 _AVX512_BF16 = Kernel("Avx512Bf16Attention", (*_SHARED, "attention_bf16.h", "attention_avx512_bf16.h"))
-_AVX2 = Kernel("Avx2Attention", ("attention_registers_avx2.h", *_SHARED[1:], "attention_float32.h"))
+_AVX2 = Kernel("Float32Attention", ("attention_registers_avx2.h", *_SHARED[1:], "attention_float32.h"))
 _AMX = Kernel("AmxAttention", ("block.h", "amx_permission.h", *_SHARED, "attention_bf16.h", "attention_amx.h"))
 
 _LARGEST_HEAD = 256
@@ -145,11 +145,11 @@ def attention(q: Any, k: Any, v: Any, mask: Any | None, is_causal: bool, scale: 
     if layout.stride[-1] != 1:  # the kernel stores the elements of a row next to each other
         return cast(ir.TensorBox, _reference(q, k, v, mask, is_causal, scale))
     try:
-        q_rows, k_rows, v_rows, mask_rows = map(_rows_in_memory, (q, k, v, mask))
         operands: Any = V.graph.current_node.args
         kernel = kernel_for(fake_value(operands[0]), fake_value(operands[1]))
-        assert kernel is not None
-        return AttentionTemplate(kernel, layout, q_rows, k_rows, v_rows, mask_rows, is_causal, scale).output()
+        if kernel is not None:  # unless a size became known since the op was chosen
+            rows = map(_rows_in_memory, (q, k, v, mask))
+            return AttentionTemplate(kernel, layout, *rows, is_causal, scale).output()
     except Exception:
         log.warning("the attention kernel failed, ATen's runs instead. Please report this.", exc_info=True)
     return cast(ir.TensorBox, _reference(q, k, v, mask, is_causal, scale))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import mmap
 import os
 import subprocess
 import sys
@@ -225,6 +227,16 @@ def run_python(code: str, *, cwd: str | None = None, **env: str) -> subprocess.C
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def at_end_of_page(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy of `tensor` that ends where a page does, behind which nothing may be read."""
+    pages = -(-tensor.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    area = mmap.mmap(-1, pages + mmap.PAGESIZE)
+    behind = ctypes.addressof(ctypes.c_char.from_buffer(area)) + pages
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(behind), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    memory = torch.frombuffer(area, dtype=tensor.dtype, count=pages // tensor.element_size())
+    return memory[memory.numel() - tensor.numel() :].view(tensor.shape).copy_(tensor)
 
 
 def linear_problem(**facts: Any) -> Problem:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+import platform
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import run_python, trace
+from support import at_end_of_page, run_python, trace
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache, run_and_get_code
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
@@ -222,11 +223,11 @@ def heads(batch: int, count: int, rows: int, size: int, dtype: torch.dtype = tor
     ("has_amx", "is_fast", "dtype", "chosen"),
     [
         (True, False, torch.bfloat16, {3: None, 4: "Amx", 70: "Amx", "shared 4": "FewQueries", "shared 6": "Amx"}),
-        (True, False, torch.float16, {15: None, 16: "Avx512", "shared 8": "FewQueries", "shared 10": None}),
-        (False, False, torch.bfloat16, {15: None, 16: "Avx512", "shared 8": "FewQueries", "shared 10": None}),
+        (True, False, torch.float16, {15: None, 16: "Float32", "shared 8": "FewQueries", "shared 10": None}),
+        (False, False, torch.bfloat16, {15: None, 16: "Float32", "shared 8": "FewQueries", "shared 10": None}),
         (False, True, torch.bfloat16, {15: None, 16: "Avx512Bf16", "shared 8": "FewQueries", "shared 10": None}),
-        (False, True, torch.float16, {15: None, 16: "Avx512"}),
-        (False, True, torch.float32, {63: None, 64: "Avx512", "shared 8": None}),
+        (False, True, torch.float16, {15: None, 16: "Float32"}),
+        (False, True, torch.float32, {63: None, 64: "Float32", "shared 8": None}),
     ],
     ids=str,
 )
@@ -285,7 +286,7 @@ SIZES = [
 ]
 
 
-AMX, AVX512, AVX512_BF16, AVX2 = "AmxAttention", "Avx512Attention", "Avx512Bf16Attention", "Avx2Attention"
+AMX, AVX512, AVX512_BF16, AVX2 = "AMX", "AVX-512", "AVX-512 BF16", "AVX2"
 
 
 @pytest.fixture(params=[AMX, AVX512, AVX512_BF16, AVX2])
@@ -380,8 +381,10 @@ class TestKernel:
         torch.manual_seed(0)
         run(heads(2, 6, 5, 64), heads(2, 3, 7, 64), heads(2, 3, 7, 64))  # no two sizes alike: they would stay so
         with torch.compiler.set_stance("fail_on_recompile"):
-            for batch, rows, keys in ((4, 40, 9), (5, 2, 700), (2, 129, 130)):
-                q, k, v = heads(batch, 6, rows, 64), heads(batch, 3, keys, 64), heads(batch, 3, keys, 64)
+            some = [(4, 6, 40, 9), (5, 6, 2, 700), (2, 6, 129, 130)]
+            # any number of rows in the last block: 3 times as many as queries of a head
+            for batch, count, rows, keys in some + [(2, 9, rows, 30) for rows in range(3, 35)]:
+                q, k, v = heads(batch, count, rows, 64), heads(batch, 3, keys, 64), heads(batch, 3, keys, 64)
                 check(_compiled(q, k, v, None, False, None), q, k, v, None, False, None)
 
     def test_no_queries_or_keys(self) -> None:
@@ -418,11 +421,15 @@ class TestKernel:
         check(result, q, k, v, mask, False, None)
         assert result.isfinite().all()
 
-    def test_nan_and_infinity(self) -> None:
-        """What is no number stays in its row, as in ATen."""
-        q, k, v = heads(1, 2, 40, 32), heads(1, 2, 300, 32), heads(1, 2, 300, 32)
-        q[0, 0, 3, 5], q[0, 1, 4, 6] = torch.nan, torch.inf
-        result, reference = run(q, k, v), torch.ops.qfuse.attention(q, k, v, None, False, None)
+    def test_nan_and_infinity(self, kernel: str) -> None:
+        """What is no number stays in its row, in its head, and in its column, as in ATen."""
+        dtype = torch.float32 if kernel in (AVX512, AVX2) else torch.bfloat16
+        operands = [heads(1, 4, 40, 32, dtype), heads(1, 4, 300, 32, dtype), heads(1, 4, 300, 32, dtype)]
+        mask = torch.zeros(40, 300)
+        q, k, v = operands
+        q[0, 0, 3, 5], q[0, 1, 4, 6], k[0, 2, 299, 3], v[0, 3, 280, 7] = torch.nan, torch.inf, torch.nan, torch.inf
+        mask[9, 290] = torch.nan
+        result, reference = run(q, k, v, mask), torch.ops.qfuse.attention(q, k, v, mask, False, None)
         assert torch.equal(result.isnan(), reference.isnan())
 
     def test_strides(self) -> None:
@@ -476,20 +483,30 @@ class TestKernel:
         finally:
             torch.set_num_threads(before)
 
+    def test_nothing_is_read_beyond_operands(self, kernel: str) -> None:
+        dtype = torch.float32 if kernel in (AVX512, AVX2) else torch.bfloat16
+        shapes = (1, 2, 41, 20), (1, 2, 35, 20), (1, 2, 35, 20)
+        q, k, v = (at_end_of_page(torch.randn(shape).to(dtype)) for shape in shapes)
+        for mask in (torch.randn(41, 35), torch.zeros(41, 35)):
+            args = q, k, v, at_end_of_page(mask.to(dtype)), False, None
+            check(run(*args), *args)
+
     def test_other_orders_of_queries(self) -> None:
         """The result has the queries' order of dimensions."""
         q, k, v = torch.randn(1, 2, 40, 32).bfloat16(), heads(1, 2, 50, 32), heads(1, 2, 50, 32)
         check(run(q, k, v), q, k, v, None, False, None)
 
-    def test_in_a_model(self, kernel: str) -> None:
+    def test_in_a_model(self) -> None:
         """One kernel, no call of ATen's, keys and values not copied for each head."""
         model, x = int8(Block(interleaved)), tokens(40)
+        chosen = lowering.kernel_for(x, x)
+        assert chosen
         with torch.no_grad():
             result, (code, *_) = run_and_get_code(torch.compile(model), x)
             with qfuse.config.patch(fuse_attention=False):
                 torch._dynamo.reset()
                 other = torch.compile(model)(x)
-        assert code.count(f"qfuse::attend<qfuse::{kernel}<T, 32>, true>(attention, threads)") == 1
+        assert code.count(f"qfuse::attend<qfuse::{chosen.class_name}<T, 32>, true>(attention, threads)") == 1
         assert "_scaled_dot_product_flash_attention_for_cpu.default(" not in code
         assert (result - other).norm() <= 0.05 * other.norm()
 
@@ -607,19 +624,45 @@ def test_ahead_of_time(limit: str, tmp_path: Path) -> None:
     run_python(RUN, cwd=str(tmp_path))
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="this machine is no x86")
+@pytest.mark.parametrize(
+    "kernels",
+    [
+        (lowering._AMX, lowering._AVX512_BF16, lowering._FEW_QUERIES, lowering._AVX512),
+        (lowering._AVX2, lowering._AVX2),
+    ],
+    ids=[AVX512, AVX2],
+)
+def test_kernels_compile_together(kernels: tuple[lowering.Kernel, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of a CPU in one translation unit, on a machine without the instructions as well."""
+
+    class Attentions(nn.Module):
+        def forward(self, x: Tensor) -> list[Tensor]:
+            return [torch.ops.qfuse.attention(x, x, x, None, i > 0, None) for i in range(len(kernels))]
+
+    remaining = iter(kernels)
+    monkeypatch.setattr(lowering, "kernel_for", lambda q, k: next(remaining))
+    monkeypatch.setattr(lowering, "_reference", None)  # which would be compiled if a kernel failed
+    x = heads(1, 4, 40, 32)
+    with fresh_cache():
+        torch._inductor.aot_compile(torch.export.export(Attentions(), (x,)).module(), (x,))
+    assert not list(remaining)
+
+
 COMPILE = """
     import zipfile
     import torch, qfuse
-    from test_attention import Block, int8, interleaved, tokens
+    from test_attention import Block, int8, interleaved, plain, tokens
 
-    model, x = int8(Block(interleaved)), tokens(40)
+    # two attentions, of different kernels, which are compiled together
+    model, x = int8(torch.nn.Sequential(Block(interleaved), Block(plain, 2, 1))), tokens(40)
     with torch.no_grad():
         dim = torch.export.Dim("tokens", min=2, max=64)
         program = torch.export.export(model, (x,), dynamic_shapes=({1: dim},))
         torch._inductor.aoti_compile_and_package(program, package_path="model.pt2")
         names = zipfile.ZipFile("model.pt2").namelist()
         code = "".join(zipfile.ZipFile("model.pt2").read(name).decode() for name in names if name.endswith(".cpp"))
-        assert "qfuse::attend<" in code
+        assert code.count("true>(attention, threads)") == code.count("false>(attention, threads)") == 1
         torch.save([(y, model(y)) for y in (x, x[:, :7].contiguous())], "expected.pt")
 """
 

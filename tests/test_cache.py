@@ -46,7 +46,7 @@ FUSED = "{'int8.dynamic_per_token': 1}"
 
 def test_across_processes(tmp_path: Path) -> None:
     assert _run(tmp_path, "run(seed=0)") == [f"0 0 {FUSED}"]
-    # the same graph with other weights: the compiled code is shared, what is packed in it is not; other options, other code
+    # the same graph with other weights: the compiled code is shared, what is packed in it is not; then another option
     runs = 'run(seed=0); run(seed=1); qfuse.config.disabled_lowerings = ["cpp"]; run(seed=0)'
     assert _run(tmp_path, runs) == [f"1 0 {FUSED}", f"1 0 {FUSED}", f"0 0 {FUSED}"]
     assert _run(tmp_path, "run(seed=0)", QFUSE="0") == ["0 0 {}"]

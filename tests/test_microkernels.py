@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from producers import quantized
+from support import at_end_of_page
 from torch import Tensor
 
 from qfuse.inductor import compiler
@@ -170,16 +171,8 @@ def test_extremes(run: Run) -> None:
 
 def test_nothing_is_read_beyond_the_rows(run: Run) -> None:
     """The activation may end where a page does."""
-    import mmap
-
-    page = mmap.PAGESIZE
-    area = mmap.mmap(-1, 2 * page)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(area))
-    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + page), ctypes.c_size_t(page), 0) == 0
-    memory = torch.frombuffer(area, dtype=run.rows, count=page)
-    memory.copy_(quantized(1, page, run.rows)[0])
     for m, k in [(1, 3), (7, 61), (17, 66), (33, 100), (40, 64)]:
-        x = memory[-m * k :].view(m, k)
+        x = at_end_of_page(quantized(m, k, run.rows))
         operands = x, quantized(64, k), 128
         assert torch.equal(run(*operands), _expected(*operands)), (m, k)
 

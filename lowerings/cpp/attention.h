@@ -1,7 +1,8 @@
 // Attention: softmax(scale · q kᵀ + mask) v, without the matrix of scores in memory, as FlashAttention does it (Dao et
 // al. 2022, arXiv:2205.14135) with the online softmax of Milakov and Gimelshein (2018, arXiv:1805.02867).
 //
-// This is the driver. A kernel is a class, one object for each thread, which holds packed keys and values of one head:
+// This is the driver. A kernel is a class, one object for each thread, which holds keys and values of one head, mostly packed. It
+// is in an unnamed namespace, as all of attention is: there are others of the same name, compiled for other instructions.
 //
 //     using Element = ...;                                // of q, k, v and the result
 //     static constexpr int64_t rows, keys;                // that it takes at a time
@@ -11,8 +12,7 @@
 //     void pack(const Element* k, int64_t k_stride, const Element* v, int64_t v_stride, int64_t count);
 //     void load(const Element* const* q, int64_t count);  // rows of queries
 //     float* scores(int64_t first, int64_t count);        // of these rows and some packed keys, from the window's `first`
-//     using Known = AttentionRows<rows>;
-//     void weigh(const int64_t* seen, int64_t count, float factor, bool is_first, Known& known, float* sums); // all rows
+//     void weigh(const int64_t* seen, int64_t count, float factor, bool is_first, AttentionRows<rows>& known, float* sums);
 //     void add(int64_t first, int64_t count, bool is_first, float* sums); // sums (+)= weights · values
 //     void store(const float* sums, float factor, Element* out);          // one row
 //
@@ -21,6 +21,7 @@
 #ifndef QFUSE_ATTENTION
 #define QFUSE_ATTENTION
 namespace qfuse {
+namespace {
 
 // [batch, head, row, element], elements of a row next to each other; strides in elements.
 template <typename T>
@@ -102,7 +103,7 @@ class AttentionThread {
         }
         if (a_.keys == 0) {
             std::fill_n(sums_.data(), blocks_ * rows * Kernel::padded_head, 0.0f);
-            std::fill_n(known_.data(), blocks_, typename Kernel::Known{});
+            std::fill_n(known_.data(), blocks_, AttentionRows<rows>{});
         }
         Position position(*this, first);
         for (int64_t i = 0; i < end - first; ++i, position.next()) {
@@ -117,7 +118,7 @@ class AttentionThread {
     const int64_t blocks_;
     Kernel kernel_;
     Buffer<float> sums_;
-    Buffer<typename Kernel::Known> known_;
+    Buffer<AttentionRows<rows>> known_;
     Buffer<int8_t> plain_; // of each block of rows of a head, -1: not known yet
     int64_t batch_ = 0, kv_head_ = 0, packed_head_ = -1, packed_window_ = -1, plain_mask_ = -1;
 
@@ -162,7 +163,7 @@ class AttentionThread {
         }
     }
 
-    // The same as below, found out once for all heads that share a mask.
+    // `are_plain`, found out once for all heads that share a mask.
     bool are_known_plain(int64_t row, int64_t count) {
         const int64_t mask = a_.mask_head == 0 ? batch_ : batch_ * a_.kv_heads + kv_head_;
         if (mask != plain_mask_)
@@ -174,9 +175,8 @@ class AttentionThread {
         return is_plain;
     }
 
-    // Tell whether scores need not be scaled, because the largest ones are so as well when they are, and a mask, if there
-    // is one, adds nothing to these rows: where no key is padding, it is all zeros. The same for all keys of a row, whose
-    // largest scores are compared.
+    // Tell whether the scores of these rows can be compared as they are: the scale is positive, and no mask adds to them, not
+    // for any key, for a row's largest score is compared with those of other keys. A mask is all zeros where no key is padding.
     bool are_plain(int64_t row, int64_t count) const {
         if (!(a_.scale > 0))
             return false;
@@ -202,5 +202,20 @@ class AttentionThread {
     }
 };
 
+// Threads share the items of work.
+template <typename Kernel, bool is_causal, typename T, typename M>
+void attend(const Attention<T, M>& attention, int64_t threads) {
+    using Thread = AttentionThread<Kernel, M, is_causal>;
+    const int64_t blocks = Thread::blocks(attention, threads), items = Thread::items(attention, blocks);
+#pragma omp parallel num_threads(threads) if(threads > 1)
+    {
+        Thread thread(attention, blocks);
+#pragma omp for
+        for (int64_t item = 0; item < items; ++item)
+            thread(item);
+    }
+}
+
+} // namespace
 } // namespace qfuse
 #endif

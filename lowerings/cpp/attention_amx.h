@@ -4,6 +4,7 @@
 #define QFUSE_TARGET_AMX_BF16 \
     __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")))
 namespace qfuse {
+namespace {
 
 template <typename T, int64_t D>
 class AmxAttention : public Bf16Attention<T, D> {
@@ -123,5 +124,6 @@ class AmxAttention : public Bf16Attention<T, D> {
     }
 };
 
+} // namespace
 } // namespace qfuse
 #endif

@@ -3,6 +3,7 @@
 #ifndef QFUSE_ATTENTION_AVX512_BF16
 #define QFUSE_ATTENTION_AVX512_BF16
 namespace qfuse {
+namespace {
 
 template <typename T, int64_t D>
 class Avx512Bf16Attention : public Bf16Attention<T, D> {
@@ -57,5 +58,6 @@ class Avx512Bf16Attention : public Bf16Attention<T, D> {
     }
 };
 
+} // namespace
 } // namespace qfuse
 #endif

@@ -7,16 +7,18 @@
 #define QFUSE_ATTENTION_BF16
 #define QFUSE_TARGET_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")))
 namespace qfuse {
+namespace {
 
 template <typename T, int64_t D>
 class Bf16Attention {
+    static_assert(std::is_same_v<T, at::BFloat16>);
+
  public:
-    using Element = T; // 16 bits, read as such
+    using Element = T;
     static constexpr int64_t rows = 32;
     static constexpr int64_t keys = 256;
     static constexpr int64_t score_stride = keys + 16; // not a power of two: rows are in different sets of the cache
     static constexpr int64_t padded_head = (D + 31) / 32 * 32;
-    using Known = AttentionRows<rows>;
     static constexpr int64_t window = 131072 / padded_head / keys * keys;
 
     explicit Bf16Attention(int64_t all_keys)
@@ -44,7 +46,8 @@ class Bf16Attention {
                     i < count ? _mm512_maskz_loadu_epi16(first_lanes32(D - d), q[i] + d) : _mm512_setzero_si512());
     }
 
-    void weigh(const int64_t* seen, int64_t count, float factor, bool is_first, Known& known, float* sums) {
+    void weigh(
+        const int64_t* seen, int64_t count, float factor, bool is_first, AttentionRows<rows>& known, float* sums) {
         weigh_rows<Weights>(scores_, score_stride, count_, seen, count, factor, is_first, known, sums, padded_head);
     }
 
@@ -132,5 +135,6 @@ class Bf16Attention {
     };
 };
 
+} // namespace
 } // namespace qfuse
 #endif

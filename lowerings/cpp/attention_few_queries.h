@@ -3,6 +3,7 @@
 #ifndef QFUSE_ATTENTION_FEW_QUERIES
 #define QFUSE_ATTENTION_FEW_QUERIES
 namespace qfuse {
+namespace {
 
 // See `attention.h`.
 template <typename T, int64_t D>
@@ -14,7 +15,6 @@ class FewQueriesAttention {
     static constexpr int64_t window = int64_t{1} << 40; // nothing is packed
     static constexpr int64_t padded_head = (D + 15) / 16 * 16;
     static constexpr int64_t score_stride = keys + 16; // not a power of two: rows are in different sets of the cache
-    using Known = AttentionRows<rows>;
 
     explicit FewQueriesAttention(int64_t) {}
 
@@ -47,7 +47,8 @@ class FewQueriesAttention {
         return scores_;
     }
 
-    void weigh(const int64_t* seen, int64_t count, float factor, bool is_first, Known& known, float* sums) {
+    void weigh(
+        const int64_t* seen, int64_t count, float factor, bool is_first, AttentionRows<rows>& known, float* sums) {
         weigh_rows<FloatWeights<4>>(scores_, score_stride, count_, seen, count, factor, is_first, known, sums, padded_head);
     }
 
@@ -129,5 +130,6 @@ class FewQueriesAttention {
     }
 };
 
+} // namespace
 } // namespace qfuse
 #endif

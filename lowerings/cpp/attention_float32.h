@@ -1,8 +1,18 @@
-// Attention by AVX-512 or AVX2, in float32 whatever the operands are. Keys and values are packed as float32, in panels of P keys,
-// [key / P][d][key % P], and of P columns, [d / P][key][d % P], where P is two vectors.
+// Attention by AVX-512 or AVX2, in float32 whatever the operands are. Keys and values are packed as float32, in panels of P
+// keys, [key / P][d][key % P], and of P columns, [d / P][key][d % P], where P is two vectors.
 #ifndef QFUSE_ATTENTION_FLOAT32
 #define QFUSE_ATTENTION_FLOAT32
 namespace qfuse {
+namespace {
+
+// A block of rows is multiplied in tiles of rows by two vectors. Where they end: by AVX-512, the sums of 8 rows are half of the
+// registers, by AVX2 those of 6 are most of them.
+constexpr int64_t tile_ends[] = {lanes == 16 ? 8 : 6, lanes == 16 ? 16 : 11, 16};
+// In float32, sums are of so many products, and then added up: as in MKL on Zen 4 by AVX-512, where one sum of 256 was 1.5 times
+// as inexact. By AVX2, with sums of 64, few keys are up to 1.2 times as inexact as ATen's, and with one sum 1.8 times.
+constexpr int64_t products_of_sum = lanes == 16 ? 16 : 32;
+// Of keys that are packed, and as many of values.
+constexpr int64_t packed_floats = lanes == 16 ? 65536 : 32768;
 
 template <typename T, int64_t D>
 class Float32Attention {
@@ -14,7 +24,6 @@ class Float32Attention {
     static constexpr int64_t padded_head = (D + panel - 1) / panel * panel;
     static constexpr int64_t window = std::max<int64_t>(1, packed_floats / padded_head / keys) * keys;
     static constexpr int64_t score_stride = keys + 16; // not a power of two: rows are in different sets of the cache
-    using Known = AttentionRows<rows>;
 
     explicit Float32Attention(int64_t all_keys)
         : capacity_(std::min(window, ceil_div(all_keys, panel) * panel)), k_(capacity_ * D), v_(capacity_ * padded_head) {}
@@ -28,7 +37,8 @@ class Float32Attention {
         for (int64_t d = 0; d < padded_head; d += lanes)
             for (int64_t key = 0; key < count; ++key)
                 store_lanes(
-                    v_.data() + d / panel * panel * capacity_ + key * panel + d % panel, load_first(v + key * v_stride + d, D - d));
+                    v_.data() + d / panel * panel * capacity_ + key * panel + d % panel,
+                    load_first(v + key * v_stride + d, D - d));
     }
 
     QFUSE_TARGET_VECTORS void load(const T* const* q, int64_t count) {
@@ -44,7 +54,8 @@ class Float32Attention {
         return scores_[0];
     }
 
-    void weigh(const int64_t* seen, int64_t count, float factor, bool is_first, Known& known, float* sums) {
+    void weigh(
+        const int64_t* seen, int64_t count, float factor, bool is_first, AttentionRows<rows>& known, float* sums) {
         weigh_rows<FloatWeights<sizeof(T) == 4 ? 6 : 4>>(
             scores_[0], score_stride, count_, seen, count, factor, is_first, known, sums, padded_head);
     }
@@ -88,18 +99,19 @@ class Float32Attention {
                 multiply_rows<tile + 1>(a, a_stride, b, depth, is_first, out, out_stride);
     }
 
-    // A tile of R rows. Not added up in `out` one by one: shorter sums are more exact. In float32, sums of some products are added up
-    // first, and that to `out`.
+    // A tile of R rows. Not added up in `out` one by one: shorter sums are more exact. In float32, sums of some products are added
+    // up first, and that to `out`.
     template <int R>
     QFUSE_TARGET_VECTORS static void multiply(
         const float* a, int64_t a_stride, const float* b, int64_t depth, bool is_first, float* out, int64_t out_stride) {
-        if (sizeof(T) < 4)
+        if constexpr (sizeof(T) < 4)
             return multiply_part<R>(a, a_stride, b, depth, is_first, out, out_stride);
         alignas(64) float sums[R][panel];
         float* const to = is_first ? out : sums[0];
         for (int64_t k = 0; k < depth; k += products_of_sum)
             multiply_part<R>(
-                a + k, a_stride, b + k * panel, std::min(products_of_sum, depth - k), k == 0, to, is_first ? out_stride : panel);
+                a + k, a_stride, b + k * panel, std::min(products_of_sum, depth - k), k == 0, to,
+                is_first ? out_stride : panel);
         if (is_first)
             return;
         for (int64_t i = 0; i < R; ++i)
@@ -127,5 +139,6 @@ class Float32Attention {
     }
 };
 
+} // namespace
 } // namespace qfuse
 #endif

@@ -6,16 +6,10 @@
 #define QFUSE_TARGET_VECTORS QFUSE_TARGET_AVX2_FMA
 #define QFUSE_INLINE_VECTORS QFUSE_INLINE_AVX2_FMA
 namespace qfuse {
+namespace {
 
 using Floats = __m256;
 constexpr int64_t lanes = 8;
-
-// Of `Float32Attention`, a block of whose rows is multiplied in tiles of rows by two vectors:
-constexpr int64_t tile_ends[] = {6, 11, 16}; // behind their last rows; 16 registers hold the sums of 6
-constexpr int64_t packed_floats = 32768; // of keys, and as many of values
-constexpr int64_t products_of_sum = 32; // in float32: of 64, few keys are up to 1.2 times as inexact as ATen's, all at once 1.8 times
-template <typename T, int64_t D> class Float32Attention;
-template <typename T, int64_t D> using Avx2Attention = Float32Attention<T, D>;
 
 // All bits of the first lanes.
 QFUSE_INLINE_AVX2_FMA __m256i first_lanes8(int64_t count) {
@@ -156,5 +150,6 @@ QFUSE_TARGET_AVX2_FMA static bool adds_nothing(const M* mask, int64_t stride, in
     return _mm256_testz_si256(bits, bits);
 }
 
+} // namespace
 } // namespace qfuse
 #endif

@@ -6,16 +6,10 @@
 #define QFUSE_TARGET_VECTORS QFUSE_TARGET_AVX512
 #define QFUSE_INLINE_VECTORS QFUSE_INLINE_AVX512
 namespace qfuse {
+namespace {
 
 using Floats = __m512;
 constexpr int64_t lanes = 16;
-
-// Of `Float32Attention`, a block of whose rows is multiplied in tiles of rows by two vectors:
-constexpr int64_t tile_ends[] = {8, 16}; // behind their last rows; the sums of each are half of the registers
-constexpr int64_t packed_floats = 65536; // of keys, and as many of values
-constexpr int64_t products_of_sum = 16; // in float32: as MKL does on Zen 4, where one sum of all was up to 1.5 times as inexact
-template <typename T, int64_t D> class Float32Attention;
-template <typename T, int64_t D> using Avx512Attention = Float32Attention<T, D>;
 
 QFUSE_INLINE_AVX512 __mmask16 first_lanes16(int64_t count) {
     return count >= 16 ? 0xffff : (1u << std::max<int64_t>(0, count)) - 1;
@@ -141,5 +135,6 @@ QFUSE_TARGET_AVX512 static bool adds_nothing(const M* mask, int64_t stride, int6
     return _mm512_test_epi32_mask(bits, bits) == 0;
 }
 
+} // namespace
 } // namespace qfuse
 #endif

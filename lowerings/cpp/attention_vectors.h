@@ -2,6 +2,7 @@
 #ifndef QFUSE_ATTENTION_VECTORS
 #define QFUSE_ATTENTION_VECTORS
 namespace qfuse {
+namespace {
 
 // D floats, times `by`.
 template <int64_t D, typename T>
@@ -50,8 +51,8 @@ QFUSE_INLINE_VECTORS Floats largest_of(const float* scores, int64_t count) {
     return larger(a, b);
 }
 
-// Scores times `by`, plus a mask, rounded once, as ATen does: twice would be up to 1.15 times as inexact. mask: null if there is
-// none; all of a mask with stride 0 is its first element.
+// Scores times `by`, plus a mask, rounded once, as ATen does: twice would be up to 1.15 times as inexact. mask: null if there
+// is none; all of a mask with stride 0 is its first element.
 template <typename M>
 QFUSE_TARGET_VECTORS __attribute__((noinline)) static void scale_scores(
     float* scores, float by, const M* mask, int64_t mask_stride, int64_t count) {
@@ -109,12 +110,12 @@ struct FloatWeights {
     }
 };
 
-// What `weigh` of a kernel does, see `attention.h`. `Weights` is like `FloatWeights`. The rows are taken in three steps, because each is a
-// long chain of latencies for one row.
-template <typename Weights, typename Known>
+// What `weigh` of a kernel does, see `attention.h`. `Weights` is like `FloatWeights`. The rows are taken in three steps, because
+// each is a long chain of latencies for one row.
+template <typename Weights, typename Rows>
 QFUSE_TARGET_VECTORS __attribute__((noinline)) static void weigh_rows(
     float* scores, int64_t score_stride, int64_t rows, const int64_t* seen, int64_t count, float factor, bool is_first,
-    Known& known, float* sums, int64_t padded_head) {
+    Rows& known, float* sums, int64_t padded_head) {
     for (int64_t row = 0; row < rows; row += lanes, scores += lanes * score_stride) {
         const int64_t some = std::min<int64_t>(lanes, rows - row);
         alignas(64) float partial[lanes][lanes], from[lanes];
@@ -146,5 +147,6 @@ QFUSE_TARGET_VECTORS __attribute__((noinline)) static void weigh_rows(
     }
 }
 
+} // namespace
 } // namespace qfuse
 #endif
