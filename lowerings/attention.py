@@ -148,8 +148,8 @@ def attention(q: Any, k: Any, v: Any, mask: Any | None, is_causal: bool, scale: 
         operands: Any = V.graph.current_node.args
         kernel = kernel_for(fake_value(operands[0]), fake_value(operands[1]))
         if kernel is not None:  # unless a size became known since the op was chosen
-            rows = map(_rows_in_memory, (q, k, v, mask))
-            return AttentionTemplate(kernel, layout, *rows, is_causal, scale).output()
+            q_rows, k_rows, v_rows, mask_rows = map(_rows_in_memory, (q, k, v, mask))
+            return AttentionTemplate(kernel, layout, q_rows, k_rows, v_rows, mask_rows, is_causal, scale).output()
     except Exception:
         log.warning("the attention kernel failed, ATen's runs instead. Please report this.", exc_info=True)
     return cast(ir.TensorBox, _reference(q, k, v, mask, is_causal, scale))
