@@ -5,9 +5,9 @@
 // is in an unnamed namespace, as all of attention is: there are others of the same name, compiled for other instructions.
 //
 //     using Element = ...;                                // of q, k, v and the result
-//     static constexpr int64_t rows, keys;                // that it takes at a time
-//     static constexpr int64_t window;                    // the most keys that it holds packed, a multiple of `keys`
-//     static constexpr int64_t padded_head, score_stride; // the distances of rows of sums and of scores
+//     static constexpr int64_t rows;                      // that it takes at a time
+//     static constexpr int64_t window;                    // the most keys that it holds packed, a multiple of `keys_at_once`
+//     static constexpr int64_t padded_head;               // the distance of rows of sums
 //     explicit Kernel(int64_t all_keys);
 //     void pack(const Element* k, int64_t k_stride, const Element* v, int64_t v_stride, int64_t count);
 //     void load(const Element* const* q, int64_t count);  // rows of queries
@@ -22,6 +22,10 @@
 #define QFUSE_ATTENTION
 namespace qfuse {
 namespace {
+
+// How many keys a kernel takes at a time, and the distance of rows of their scores, which is no power of two, so that rows are in
+// different sets of the cache.
+constexpr int64_t keys_at_once = 256, score_stride = keys_at_once + 16;
 
 // [batch, head, row, element], elements of a row next to each other; strides in elements.
 template <typename T>
@@ -150,8 +154,8 @@ class AttentionThread {
         constexpr float log2_e = 1.44269504f;
         const bool is_plain = are_known_plain(row, count);
         float* sums = sums_.data() + in_item * Kernel::padded_head;
-        for (int64_t key = window; key < end; key += Kernel::keys) {
-            const int64_t keys = std::min(Kernel::keys, end - key);
+        for (int64_t key = window; key < end; key += keys_at_once) {
+            const int64_t keys = std::min(keys_at_once, end - key);
             float* scores = kernel_.scores(key - window, keys);
             int64_t seen[rows];
             for (int64_t i = 0; i < count; ++i)
@@ -193,7 +197,7 @@ class AttentionThread {
         Position position(*this, row);
         for (int64_t i = 0; i < count; ++i, position.next()) {
             const M* mask = a_.mask == nullptr ? nullptr : mask_of(position) + key * a_.mask_key;
-            scale_scores(scores + i * Kernel::score_stride, a_.scale, mask, a_.mask_key, seen[i]);
+            scale_scores(scores + i * score_stride, a_.scale, mask, a_.mask_key, seen[i]);
         }
     }
 

@@ -12,7 +12,7 @@ class AmxAttention : public Bf16Attention<T, D> {
     using Base::count_, Base::k_, Base::v_, Base::q_, Base::scores_;
 
  public:
-    using Base::padded_head, Base::score_stride;
+    using Base::padded_head;
 
     QFUSE_TARGET_AMX_BF16 explicit AmxAttention(int64_t all_keys) : Base(all_keys) {
         struct alignas(64) {

@@ -11,7 +11,7 @@ class Avx512Bf16Attention : public Bf16Attention<T, D> {
     using Base::count_, Base::k_, Base::v_, Base::q_, Base::scores_;
 
  public:
-    using Base::Base, Base::padded_head, Base::score_stride;
+    using Base::Base, Base::padded_head;
     static constexpr int64_t sums_rows = 8; // by 2 vectors: half of the registers
 
     float* scores(int64_t first, int64_t count) {

@@ -16,10 +16,8 @@ class Bf16Attention {
  public:
     using Element = T;
     static constexpr int64_t rows = 32;
-    static constexpr int64_t keys = 256;
-    static constexpr int64_t score_stride = keys + 16; // not a power of two: rows are in different sets of the cache
     static constexpr int64_t padded_head = (D + 31) / 32 * 32;
-    static constexpr int64_t window = 131072 / padded_head / keys * keys;
+    static constexpr int64_t window = 131072 / padded_head / keys_at_once * keys_at_once;
 
     explicit Bf16Attention(int64_t all_keys)
         : k_(std::min(window, ceil_div(all_keys, 32) * 32) * padded_head),
@@ -72,10 +70,10 @@ class Bf16Attention {
     // A tile of keys: 16 rows of 16 pairs, transposed.
     QFUSE_TARGET_BF16 static void pack_keys(const T* k, int64_t stride, int64_t count, int64_t d, uint16_t* out) {
         __m512i a[16];
-        const __mmask32 lanes = first_lanes32(d);
+        const __mmask32 mask = first_lanes32(d);
 #pragma GCC unroll 16
         for (int64_t i = 0; i < 16; ++i)
-            a[i] = i < count ? _mm512_maskz_loadu_epi16(lanes, k + i * stride) : _mm512_setzero_si512();
+            a[i] = i < count ? _mm512_maskz_loadu_epi16(mask, k + i * stride) : _mm512_setzero_si512();
         transpose(a);
 #pragma GCC unroll 16
         for (int64_t i = 0; i < 16; ++i)
@@ -84,11 +82,11 @@ class Bf16Attention {
 
     // Two tiles of values: pairs of rows, interleaved.
     QFUSE_TARGET_BF16 static void pack_values(const T* v, int64_t stride, int64_t count, int64_t d, uint16_t* out) {
-        const __mmask32 lanes = first_lanes32(d);
+        const __mmask32 mask = first_lanes32(d);
         const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
         for (int64_t i = 0; i < 32; i += 2) {
-            const __m512i a = i < count ? _mm512_maskz_loadu_epi16(lanes, v + i * stride) : _mm512_setzero_si512();
-            const __m512i b = i + 1 < count ? _mm512_maskz_loadu_epi16(lanes, v + (i + 1) * stride) : _mm512_setzero_si512();
+            const __m512i a = i < count ? _mm512_maskz_loadu_epi16(mask, v + i * stride) : _mm512_setzero_si512();
+            const __m512i b = i + 1 < count ? _mm512_maskz_loadu_epi16(mask, v + (i + 1) * stride) : _mm512_setzero_si512();
             const __m512i low = _mm512_unpacklo_epi16(a, b), high = _mm512_unpackhi_epi16(a, b);
             _mm512_storeu_si512(out + 16 * i, _mm512_permutex2var_epi64(low, first, high));
             _mm512_storeu_si512(out + 16 * i + 512, _mm512_permutex2var_epi64(low, second, high));

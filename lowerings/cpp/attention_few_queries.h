@@ -11,10 +11,8 @@ class FewQueriesAttention {
  public:
     using Element = T;
     static constexpr int64_t rows = 8;
-    static constexpr int64_t keys = 256;
     static constexpr int64_t window = int64_t{1} << 40; // nothing is packed
     static constexpr int64_t padded_head = (D + 15) / 16 * 16;
-    static constexpr int64_t score_stride = keys + 16; // not a power of two: rows are in different sets of the cache
 
     explicit FewQueriesAttention(int64_t) {}
 
@@ -22,14 +20,14 @@ class FewQueriesAttention {
         k_ = k, k_stride_ = k_stride, v_ = v, v_stride_ = v_stride;
     }
 
-    QFUSE_TARGET_AVX512 void load(const T* const* q, int64_t count) {
+    QFUSE_TARGET_VECTORS void load(const T* const* q, int64_t count) {
         count_ = count;
         for (int64_t i = 0; i < count; ++i)
             for (int64_t d = 0; d < D; d += 16)
                 _mm512_store_ps(q_[i] + d, load_floats(q[i] + d, first_lanes16(D - d)));
     }
 
-    QFUSE_TARGET_AVX512 float* scores(int64_t first, int64_t count) {
+    QFUSE_TARGET_VECTORS float* scores(int64_t first, int64_t count) {
         for (int64_t key = 0; key < count; key += 16) {
             const T* k = k_ + (first + key) * k_stride_;
             const int64_t some = std::min<int64_t>(16, count - key);
@@ -52,7 +50,7 @@ class FewQueriesAttention {
         weigh_rows<FloatWeights<4>>(scores_, score_stride, count_, seen, count, factor, is_first, known, sums, padded_head);
     }
 
-    QFUSE_TARGET_AVX512 void add(int64_t first, int64_t count, bool is_first, float* sums) const {
+    QFUSE_TARGET_VECTORS void add(int64_t first, int64_t count, bool is_first, float* sums) const {
         const T* v = v_ + first * v_stride_;
         if (is_first)
             std::fill_n(sums, count_ * padded_head, 0.0f);
@@ -75,13 +73,13 @@ class FewQueriesAttention {
     alignas(64) float products_[rows][16][16]; // of a row and a key, to be summed up
     alignas(64) float scores_[rows * score_stride];
 
-    // ROWS rows and up to 16 keys.
-    template <int ROWS>
-    QFUSE_TARGET_AVX512 __attribute__((noinline)) void multiply(const T* k, int64_t count, int64_t row) {
+    // R rows and up to 16 keys.
+    template <int R>
+    QFUSE_TARGET_VECTORS __attribute__((noinline)) void multiply(const T* k, int64_t count, int64_t row) {
         for (int64_t key = 0; key < count; ++key, k += k_stride_) {
-            __m512 sums[ROWS];
+            __m512 sums[R];
 #pragma GCC unroll 4
-            for (int i = 0; i < ROWS; ++i)
+            for (int i = 0; i < R; ++i)
                 sums[i] = _mm512_setzero_ps();
 #pragma GCC unroll 16
             for (int64_t d = 0; d < D; d += 16) {
@@ -89,22 +87,22 @@ class FewQueriesAttention {
                     _mm_prefetch(reinterpret_cast<const char*>(k + 16 * k_stride_ + d), _MM_HINT_T0);
                 const __m512 of_key = load_floats(k + d, first_lanes16(D - d));
 #pragma GCC unroll 4
-                for (int i = 0; i < ROWS; ++i)
+                for (int i = 0; i < R; ++i)
                     sums[i] = _mm512_fmadd_ps(of_key, _mm512_load_ps(q_[row + i] + d), sums[i]);
             }
 #pragma GCC unroll 4
-            for (int i = 0; i < ROWS; ++i)
+            for (int i = 0; i < R; ++i)
                 _mm512_store_ps(products_[row + i][key], sums[i]);
         }
     }
 
-    // ROWS rows and all columns, 64 at a time.
-    template <int ROWS>
-    QFUSE_TARGET_AVX512 __attribute__((noinline)) void add_to(const T* v, int64_t count, int64_t row, float* sums) const {
+    // R rows and all columns, 64 at a time.
+    template <int R>
+    QFUSE_TARGET_VECTORS __attribute__((noinline)) void add_to(const T* v, int64_t count, int64_t row, float* sums) const {
         for (int64_t d = 0; d < D; d += 64) {
-            __m512 acc[ROWS][4];
+            __m512 acc[R][4];
 #pragma GCC unroll 4
-            for (int i = 0; i < ROWS; ++i)
+            for (int i = 0; i < R; ++i)
                 for (int j = 0; j < 4; ++j)
                     acc[i][j] = _mm512_setzero_ps();
             for (int64_t key = 0; key < count; ++key) {
@@ -114,17 +112,17 @@ class FewQueriesAttention {
                         _mm_prefetch(reinterpret_cast<const char*>(v + (key + 16) * v_stride_ + d + 16 * j), _MM_HINT_T0);
                     const __m512 value = load_floats(v + key * v_stride_ + d + 16 * j, first_lanes16(D - d - 16 * j));
 #pragma GCC unroll 4
-                    for (int i = 0; i < ROWS; ++i)
+                    for (int i = 0; i < R; ++i)
                         acc[i][j] = _mm512_fmadd_ps(
                             value, _mm512_set1_ps(scores_[(row + i) * score_stride + key]), acc[i][j]);
                 }
             }
 #pragma GCC unroll 4
-            for (int i = 0; i < ROWS; ++i)
+            for (int i = 0; i < R; ++i)
                 for (int j = 0; j < 4; ++j) {
-                    const __mmask16 lanes = first_lanes16(D - d - 16 * j);
+                    const __mmask16 mask = first_lanes16(D - d - 16 * j);
                     float* to = sums + (row + i) * padded_head + d + 16 * j;
-                    _mm512_mask_storeu_ps(to, lanes, _mm512_add_ps(_mm512_maskz_loadu_ps(lanes, to), acc[i][j]));
+                    _mm512_mask_storeu_ps(to, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), acc[i][j]));
                 }
         }
     }

@@ -19,11 +19,9 @@ class Float32Attention {
  public:
     using Element = T;
     static constexpr int64_t rows = 16;
-    static constexpr int64_t keys = 256;
     static constexpr int64_t panel = 2 * lanes;
     static constexpr int64_t padded_head = (D + panel - 1) / panel * panel;
-    static constexpr int64_t window = std::max<int64_t>(1, packed_floats / padded_head / keys) * keys;
-    static constexpr int64_t score_stride = keys + 16; // not a power of two: rows are in different sets of the cache
+    static constexpr int64_t window = std::max<int64_t>(1, packed_floats / padded_head / keys_at_once) * keys_at_once;
 
     explicit Float32Attention(int64_t all_keys)
         : capacity_(std::min(window, ceil_div(all_keys, panel) * panel)), k_(capacity_ * D), v_(capacity_ * padded_head) {}
@@ -130,9 +128,9 @@ class Float32Attention {
             const Floats left = load_lanes(b), right = load_lanes(b + lanes);
 #pragma GCC unroll 8
             for (int i = 0; i < R; ++i) {
-                const Floats one = spread(a[i * a_stride + k]);
-                sums[i][0] = fused_sum(one, left, sums[i][0]);
-                sums[i][1] = fused_sum(one, right, sums[i][1]);
+                const Floats one = broadcast(a[i * a_stride + k]);
+                sums[i][0] = multiply_add(one, left, sums[i][0]);
+                sums[i][1] = multiply_add(one, right, sums[i][1]);
             }
         }
         add_sums<R>(sums, is_first, out, out_stride);

@@ -1,74 +1,72 @@
-// What attention needs of registers, here those of AVX-512: 16 floats. `attention_registers_avx2.h` has the same for AVX2.
+// What attention needs of registers, here those of AVX-512. `attention_registers_avx2.h` has the same for AVX2.
 #ifndef QFUSE_ATTENTION_REGISTERS
 #define QFUSE_ATTENTION_REGISTERS
-#define QFUSE_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma")))
-#define QFUSE_INLINE_AVX512 QFUSE_TARGET_AVX512 __attribute__((always_inline)) static inline
-#define QFUSE_TARGET_VECTORS QFUSE_TARGET_AVX512
-#define QFUSE_INLINE_VECTORS QFUSE_INLINE_AVX512
+#define QFUSE_TARGET_VECTORS __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma")))
+#define QFUSE_INLINE_VECTORS QFUSE_TARGET_VECTORS __attribute__((always_inline)) static inline
 namespace qfuse {
 namespace {
 
 using Floats = __m512;
-constexpr int64_t lanes = 16;
+constexpr int64_t lanes = 16; // of them in a register
 
-QFUSE_INLINE_AVX512 __mmask16 first_lanes16(int64_t count) {
+QFUSE_INLINE_VECTORS __mmask16 first_lanes16(int64_t count) {
     return count >= 16 ? 0xffff : (1u << std::max<int64_t>(0, count)) - 1;
 }
 
-QFUSE_INLINE_AVX512 __m512 load_floats(const float* x, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, x); }
-QFUSE_INLINE_AVX512 __m512 load_floats(const at::BFloat16* x, __mmask16 lanes) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, x)), 16));
+QFUSE_INLINE_VECTORS __m512 load_floats(const float* x, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, x); }
+QFUSE_INLINE_VECTORS __m512 load_floats(const at::BFloat16* x, __mmask16 mask) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x)), 16));
 }
-QFUSE_INLINE_AVX512 __m512 load_floats(const at::Half* x, __mmask16 lanes) {
-    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, x));
+QFUSE_INLINE_VECTORS __m512 load_floats(const at::Half* x, __mmask16 mask) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, x));
 }
 
-QFUSE_INLINE_AVX512 void store_floats(float* to, __mmask16 lanes, __m512 x) { _mm512_mask_storeu_ps(to, lanes, x); }
-QFUSE_INLINE_AVX512 void store_floats(at::BFloat16* to, __mmask16 lanes, __m512 x) {
+QFUSE_INLINE_VECTORS void store_floats(float* to, __mmask16 mask, __m512 x) { _mm512_mask_storeu_ps(to, mask, x); }
+QFUSE_INLINE_VECTORS void store_floats(at::BFloat16* to, __mmask16 mask, __m512 x) {
     // to the nearest, ties to even; of NaN, one that survives
     const __m512i bits = _mm512_castps_si512(x), last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff)));
     const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
     const __m512i high = _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7fc00000)), 16);
-    _mm256_mask_storeu_epi16(to, lanes, _mm512_cvtepi32_epi16(high));
+    _mm256_mask_storeu_epi16(to, mask, _mm512_cvtepi32_epi16(high));
 }
-QFUSE_INLINE_AVX512 void store_floats(at::Half* to, __mmask16 lanes, __m512 x) {
-    _mm256_mask_storeu_epi16(to, lanes, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+QFUSE_INLINE_VECTORS void store_floats(at::Half* to, __mmask16 mask, __m512 x) {
+    _mm256_mask_storeu_epi16(to, mask, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
 // The first `count` lanes: of memory, to memory, and of a register; the others are 0, or those of `otherwise`.
 template <typename T>
-QFUSE_INLINE_AVX512 Floats load_first(const T* x, int64_t count) { return load_floats(x, first_lanes16(count)); }
+QFUSE_INLINE_VECTORS Floats load_first(const T* x, int64_t count) { return load_floats(x, first_lanes16(count)); }
 template <typename T>
-QFUSE_INLINE_AVX512 void store_first(T* to, int64_t count, Floats x) { store_floats(to, first_lanes16(count), x); }
-QFUSE_INLINE_AVX512 Floats load_first_or(Floats otherwise, const float* x, int64_t count) {
+QFUSE_INLINE_VECTORS void store_first(T* to, int64_t count, Floats x) { store_floats(to, first_lanes16(count), x); }
+QFUSE_INLINE_VECTORS Floats load_first_or(Floats otherwise, const float* x, int64_t count) {
     return _mm512_mask_loadu_ps(otherwise, first_lanes16(count), x);
 }
-QFUSE_INLINE_AVX512 Floats first_of(Floats x, int64_t count) { return _mm512_maskz_mov_ps(first_lanes16(count), x); }
+QFUSE_INLINE_VECTORS Floats first_of(Floats x, int64_t count) { return _mm512_maskz_mov_ps(first_lanes16(count), x); }
 
-QFUSE_INLINE_AVX512 Floats load_lanes(const float* x) { return _mm512_loadu_ps(x); }
-QFUSE_INLINE_AVX512 void store_lanes(float* to, Floats x) { _mm512_storeu_ps(to, x); }
-QFUSE_INLINE_AVX512 Floats spread(float x) { return _mm512_set1_ps(x); }
-QFUSE_INLINE_AVX512 Floats fused_sum(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); } // a · b + c
-QFUSE_INLINE_AVX512 Floats zero_where_equal(Floats x, Floats y) {
+QFUSE_INLINE_VECTORS Floats load_lanes(const float* x) { return _mm512_loadu_ps(x); }
+QFUSE_INLINE_VECTORS void store_lanes(float* to, Floats x) { _mm512_storeu_ps(to, x); }
+QFUSE_INLINE_VECTORS Floats broadcast(float x) { return _mm512_set1_ps(x); }
+QFUSE_INLINE_VECTORS Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); } // a · b + c
+QFUSE_INLINE_VECTORS Floats zero_where_equal(Floats x, Floats y) {
     return _mm512_mask_mov_ps(x, _mm512_cmp_ps_mask(x, y, _CMP_EQ_OQ), _mm512_setzero_ps());
 }
 
 // Of 2ˣ: x within bounds, its part behind the point, and p · 2^⌊x⌋.
-QFUSE_INLINE_AVX512 Floats bounded_exponent(Floats x) { return x; }
-QFUSE_INLINE_AVX512 Floats behind_point(Floats x) { return _mm512_reduce_ps(x, 9); }
-QFUSE_INLINE_AVX512 Floats times_power(Floats p, Floats x) { return _mm512_scalef_ps(p, x); }
+QFUSE_INLINE_VECTORS Floats bounded_exponent(Floats x) { return x; }
+QFUSE_INLINE_VECTORS Floats behind_point(Floats x) { return _mm512_reduce_ps(x, 9); }
+QFUSE_INLINE_VECTORS Floats times_power(Floats p, Floats x) { return _mm512_scalef_ps(p, x); }
 
 struct Maximum {
-    QFUSE_TARGET_AVX512 __m512 operator()(__m512 a, __m512 b) const { return _mm512_max_ps(a, b); }
+    QFUSE_TARGET_VECTORS __m512 operator()(__m512 a, __m512 b) const { return _mm512_max_ps(a, b); }
 };
 struct Sum {
-    QFUSE_TARGET_AVX512 __m512 operator()(__m512 a, __m512 b) const { return _mm512_add_ps(a, b); }
+    QFUSE_TARGET_VECTORS __m512 operator()(__m512 a, __m512 b) const { return _mm512_add_ps(a, b); }
 };
 
 // The maximum or the sum of each of 16 vectors.
 template <typename Operator>
-QFUSE_INLINE_AVX512 __m512 reduced(const float (&vectors)[16][16], Operator of) {
+QFUSE_INLINE_VECTORS __m512 reduced(const float (&vectors)[16][16], Operator of) {
     __m512 a[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i)
@@ -89,7 +87,7 @@ QFUSE_INLINE_AVX512 __m512 reduced(const float (&vectors)[16][16], Operator of) 
 }
 
 // 16 rows become 16 columns.
-QFUSE_INLINE_AVX512 void transpose(__m512i (&a)[16]) {
+QFUSE_INLINE_VECTORS void transpose(__m512i (&a)[16]) {
     __m512i b[16];
 #pragma GCC unroll 8
     for (int i = 0; i < 16; i += 2) {
@@ -119,11 +117,11 @@ QFUSE_INLINE_AVX512 void transpose(__m512i (&a)[16]) {
         a[i + 12] = _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0xdd);
     }
 }
-QFUSE_INLINE_AVX512 void transpose(__m512 (&a)[16]) { transpose(reinterpret_cast<__m512i (&)[16]>(a)); }
+QFUSE_INLINE_VECTORS void transpose(__m512 (&a)[16]) { transpose(reinterpret_cast<__m512i (&)[16]>(a)); }
 
 // Tell whether a mask adds nothing to scores: all of it is zero. stride: of its keys, 0 if one stands for all.
 template <typename M>
-QFUSE_TARGET_AVX512 static bool adds_nothing(const M* mask, int64_t stride, int64_t count) {
+QFUSE_TARGET_VECTORS static bool adds_nothing(const M* mask, int64_t stride, int64_t count) {
     const auto* const bytes = reinterpret_cast<const char*>(mask);
     const int64_t size = (stride == 0 ? std::min<int64_t>(1, count) : count) * static_cast<int64_t>(sizeof(M));
     __m512i bits = _mm512_setzero_si512();

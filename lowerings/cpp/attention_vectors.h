@@ -8,7 +8,7 @@ namespace {
 template <int64_t D, typename T>
 QFUSE_TARGET_VECTORS static inline void store_multiplied(const float* from, float by, T* to) {
     for (int64_t d = 0; d < D; d += lanes)
-        store_first(to + d, D - d, load_lanes(from + d) * spread(by));
+        store_first(to + d, D - d, load_lanes(from + d) * broadcast(by));
 }
 
 // R rows by 2 vectors of sums.
@@ -37,7 +37,7 @@ QFUSE_INLINE_VECTORS void add_sums(const Sums<R>& sums, bool is_first, float* ou
 // The largest scores of each lane.
 QFUSE_INLINE_VECTORS Floats largest_of(const float* scores, int64_t count) {
     const Maximum larger;
-    const Floats least = spread(-INFINITY);
+    const Floats least = broadcast(-INFINITY);
     Floats a = least, b = least;
     int64_t j = 0;
     for (; j + 2 * lanes <= count; j += 2 * lanes) {
@@ -58,9 +58,9 @@ QFUSE_TARGET_VECTORS __attribute__((noinline)) static void scale_scores(
     float* scores, float by, const M* mask, int64_t mask_stride, int64_t count) {
     for (int64_t j = 0; j < count; j += lanes) {
         const Floats added = mask == nullptr ? Floats{}
-            : mask_stride == 0               ? spread(static_cast<float>(*mask))
+            : mask_stride == 0               ? broadcast(static_cast<float>(*mask))
                                              : load_first(mask + j, count - j);
-        store_lanes(scores + j, fused_sum(load_lanes(scores + j), spread(by), added));
+        store_lanes(scores + j, multiply_add(load_lanes(scores + j), broadcast(by), added));
     }
 }
 
@@ -76,10 +76,10 @@ QFUSE_INLINE_VECTORS Floats power_of_2(Floats x) {
     const float* const coefficients = degree == 3 ? cubic : degree == 4 ? quartic : sextic;
     x = bounded_exponent(x);
     const Floats f = behind_point(x);
-    Floats p = spread(coefficients[0]);
+    Floats p = broadcast(coefficients[0]);
 #pragma GCC unroll 6
     for (int i = 1; i <= degree; ++i)
-        p = fused_sum(p, f, spread(coefficients[i]));
+        p = multiply_add(p, f, broadcast(coefficients[i]));
     return times_power(p, x);
 }
 
@@ -88,7 +88,7 @@ QFUSE_INLINE_VECTORS Floats power_of_2(Floats x) {
 template <int degree>
 struct FloatWeights {
     QFUSE_TARGET_VECTORS static Floats of(float* scores, int64_t seen, int64_t count, float from, float factor) {
-        const Floats subtracted = spread(from), by = spread(factor);
+        const Floats subtracted = broadcast(from), by = broadcast(factor);
         const auto weights = [=](int64_t j) QFUSE_TARGET_VECTORS {
             return power_of_2<degree>((load_lanes(scores + j) - subtracted) * by);
         };
@@ -121,7 +121,7 @@ QFUSE_TARGET_VECTORS __attribute__((noinline)) static void weigh_rows(
         alignas(64) float partial[lanes][lanes], from[lanes];
         for (int64_t i = 0; i < some; ++i)
             store_lanes(partial[i], largest_of(scores + i * score_stride, seen[row + i]));
-        const Floats none = spread(-INFINITY), before = is_first ? none : load_lanes(known.largest + row);
+        const Floats none = broadcast(-INFINITY), before = is_first ? none : load_lanes(known.largest + row);
         const Floats largest = Maximum()(before, reduced(partial, Maximum()));
         store_lanes(known.largest + row, largest);
         // where all scores are −∞, the weights are 0
@@ -132,15 +132,15 @@ QFUSE_TARGET_VECTORS __attribute__((noinline)) static void weigh_rows(
                 partial[i], Weights::of(scores + i * score_stride, seen[row + i], count, from[i], factor));
         Floats sum = reduced(partial, Sum());
         if (!is_first) {
-            const Floats shrunk = power_of_2<6>((before - subtracted) * spread(factor));
-            sum = fused_sum(load_lanes(known.sum + row), shrunk, sum);
+            const Floats shrunk = power_of_2<6>((before - subtracted) * broadcast(factor));
+            sum = multiply_add(load_lanes(known.sum + row), shrunk, sum);
             alignas(64) float by[lanes];
             store_lanes(by, shrunk);
             for (int64_t i = 0; i < some; ++i)
                 if (by[i] != 1)
                     for (int64_t d = 0; d < padded_head; d += lanes) {
                         float* to = sums + (row + i) * padded_head + d;
-                        store_lanes(to, load_lanes(to) * spread(by[i]));
+                        store_lanes(to, load_lanes(to) * broadcast(by[i]));
                     }
         }
         store_lanes(known.sum + row, sum);
