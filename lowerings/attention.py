@@ -43,12 +43,14 @@ class Kernel:
         return [(_FOLDER / "cpp" / name).read_text() for name in self.headers]
 
 
-_SHARED = ("attention_registers_avx512.h", "attention_vectors.h", "attention.h")
-_FEW_QUERIES = Kernel("FewQueriesAttention", (*_SHARED, "attention_few_queries.h"))
-_AVX512 = Kernel("Float32Attention", (*_SHARED, "attention_float32.h"))
-_AVX512_BF16 = Kernel("Avx512Bf16Attention", (*_SHARED, "attention_bf16.h", "attention_avx512_bf16.h"))
-_AVX2 = Kernel("Float32Attention", ("attention_registers_avx2.h", *_SHARED[1:], "attention_float32.h"))
-_AMX = Kernel("AmxAttention", ("block.h", "amx_permission.h", *_SHARED, "attention_bf16.h", "attention_amx.h"))
+_SHARED = ("attention_vectors.h", "attention.h")
+_BY_AVX512 = ("attention_registers_avx512.h", *_SHARED)
+_BY_AVX2 = ("attention_registers_avx2.h", *_SHARED)
+_FEW_QUERIES = Kernel("FewQueriesAttention", (*_BY_AVX512, "attention_few_queries.h"))
+_AVX512 = Kernel("Float32Attention", (*_BY_AVX512, "attention_float32.h"))
+_AVX512_BF16 = Kernel("Avx512Bf16Attention", (*_BY_AVX512, "attention_bf16.h", "attention_avx512_bf16.h"))
+_AVX2 = Kernel("Float32Attention", (*_BY_AVX2, "attention_float32.h"))
+_AMX = Kernel("AmxAttention", ("block.h", "amx_permission.h", *_BY_AVX512, "attention_bf16.h", "attention_amx.h"))
 
 _LARGEST_HEAD = 256
 

@@ -66,7 +66,7 @@ def best_isa(has: Mapping[str, object], environment: Mapping[str, str]) -> Isa:
 
     The limit counts because the signedness of the activation hangs on it: on a CPU with AMX, oneDNN without AMX would
     take a signed activation through its reference loop. It holds for qfuse's own kernels as well, but for attention,
-    which multiplies floats: that follows Inductor's choice of vectors (`ATEN_CPU_CAPABILITY`), and this in AMX only.
+    which multiplies floats: that follows Inductor's choice of vectors (`ATEN_CPU_CAPABILITY`), and the limit as to AMX.
     """
     allowed = _UNDER_LIMIT.get(_limit(environment), frozenset(Isa))
     return next((isa for isa in Isa if isa in allowed and has.get(isa.value)), Isa.NONE)

@@ -219,15 +219,23 @@ def heads(batch: int, count: int, rows: int, size: int, dtype: torch.dtype = tor
     return torch.randn(batch, rows, count, size).to(dtype).transpose(1, 2)
 
 
+KERNELS = {
+    "Amx": lowering._AMX,
+    "Avx512": lowering._AVX512,
+    "Avx512Bf16": lowering._AVX512_BF16,
+    "FewQueries": lowering._FEW_QUERIES,
+}
+
+
 @pytest.mark.parametrize(
     ("has_amx", "is_fast", "dtype", "chosen"),
     [
         (True, False, torch.bfloat16, {3: None, 4: "Amx", 70: "Amx", "shared 4": "FewQueries", "shared 6": "Amx"}),
-        (True, False, torch.float16, {15: None, 16: "Float32", "shared 8": "FewQueries", "shared 10": None}),
-        (False, False, torch.bfloat16, {15: None, 16: "Float32", "shared 8": "FewQueries", "shared 10": None}),
+        (True, False, torch.float16, {15: None, 16: "Avx512", "shared 8": "FewQueries", "shared 10": None}),
+        (False, False, torch.bfloat16, {15: None, 16: "Avx512", "shared 8": "FewQueries", "shared 10": None}),
         (False, True, torch.bfloat16, {15: None, 16: "Avx512Bf16", "shared 8": "FewQueries", "shared 10": None}),
-        (False, True, torch.float16, {15: None, 16: "Float32"}),
-        (False, True, torch.float32, {63: None, 64: "Float32", "shared 8": None}),
+        (False, True, torch.float16, {15: None, 16: "Avx512"}),
+        (False, True, torch.float32, {63: None, 64: "Avx512", "shared 8": None}),
     ],
     ids=str,
 )
@@ -245,7 +253,7 @@ def test_kernels(
     for queries, name in chosen.items():
         groups, rows = (1, queries) if isinstance(queries, int) else (2, int(queries.split()[1]) // 2)
         kernel = lowering.kernel_for(torch.empty(1, 4 * groups, rows, 32, dtype=dtype), torch.empty(1, 4, 9, 32))
-        assert (kernel.class_name if kernel else None) == (f"{name}Attention" if name else None), queries
+        assert kernel is (KERNELS[name] if name else None), queries
 
 
 @pytest.mark.parametrize(
@@ -287,6 +295,10 @@ SIZES = [
 
 
 AMX, AVX512, AVX512_BF16, AVX2 = "AMX", "AVX-512", "AVX-512 BF16", "AVX2"
+
+
+def widest_dtype(kernel: str) -> torch.dtype:
+    return torch.float32 if kernel in (AVX512, AVX2) else torch.bfloat16
 
 
 @pytest.fixture(params=[AMX, AVX512, AVX512_BF16, AVX2])
@@ -363,14 +375,14 @@ class TestKernel:
     def test_many_keys(self, kernel: str) -> None:
         """Sums of values that do not cancel out: of all keys, they are as exact as ATen's."""
         torch.manual_seed(0)
-        dtype = torch.float32 if kernel in (AVX512, AVX2) else torch.bfloat16
+        dtype = widest_dtype(kernel)
         for q in (heads(1, 1, 64, 64, dtype), torch.zeros(1, 1, 64, 64, dtype=dtype)):
             k, v = heads(1, 1, 8192, 64, dtype), heads(1, 1, 8192, 64, dtype).abs()
             check(run(q, k, v), q, k, v, None, False, None)
 
     def test_large_scores(self, kernel: str) -> None:
         """Scaled and masked with one rounding, as in ATen; the scale is no power of two."""
-        dtype = torch.float32 if kernel in (AVX512, AVX2) else torch.bfloat16
+        dtype = widest_dtype(kernel)
         torch.manual_seed(0)
         q, k, v = heads(8, 4, 70, 8, dtype) + 5, heads(8, 4, 17, 8, dtype) + 5, heads(8, 4, 17, 8, dtype)
         mask = torch.randn(8, 1, 70, 17)
@@ -421,12 +433,18 @@ class TestKernel:
         check(result, q, k, v, mask, False, None)
         assert result.isfinite().all()
 
-    def test_nan_and_infinity(self, kernel: str) -> None:
-        """What is no number stays in its row, in its head, and in its column, as in ATen."""
-        dtype = torch.float32 if kernel in (AVX512, AVX2) else torch.bfloat16
-        operands = [heads(1, 4, 40, 32, dtype), heads(1, 4, 300, 32, dtype), heads(1, 4, 300, 32, dtype)]
+    def test_nan_and_infinity(self) -> None:
+        """What is no number stays in its row, as in ATen."""
+        q, k, v = heads(1, 2, 40, 32), heads(1, 2, 300, 32), heads(1, 2, 300, 32)
+        q[0, 0, 3, 5], q[0, 1, 4, 6] = torch.nan, torch.inf
+        result, reference = run(q, k, v), torch.ops.qfuse.attention(q, k, v, None, False, None)
+        assert torch.equal(result.isnan(), reference.isnan())
+
+    def test_nan_and_infinity_in_every_operand(self, kernel: str) -> None:
+        """And in its head, or its column."""
+        dtype = widest_dtype(kernel)
+        q, k, v = heads(1, 4, 40, 32, dtype), heads(1, 4, 300, 32, dtype), heads(1, 4, 300, 32, dtype)
         mask = torch.zeros(40, 300)
-        q, k, v = operands
         q[0, 0, 3, 5], q[0, 1, 4, 6], k[0, 2, 299, 3], v[0, 3, 280, 7] = torch.nan, torch.inf, torch.nan, torch.inf
         mask[9, 290] = torch.nan
         result, reference = run(q, k, v, mask), torch.ops.qfuse.attention(q, k, v, mask, False, None)
@@ -484,7 +502,7 @@ class TestKernel:
             torch.set_num_threads(before)
 
     def test_nothing_is_read_beyond_operands(self, kernel: str) -> None:
-        dtype = torch.float32 if kernel in (AVX512, AVX2) else torch.bfloat16
+        dtype = widest_dtype(kernel)
         shapes = (1, 2, 41, 20), (1, 2, 35, 20), (1, 2, 35, 20)
         q, k, v = (at_end_of_page(torch.randn(shape).to(dtype)) for shape in shapes)
         for mask in (torch.randn(41, 35), torch.zeros(41, 35)):
@@ -496,7 +514,7 @@ class TestKernel:
         q, k, v = torch.randn(1, 2, 40, 32).bfloat16(), heads(1, 2, 50, 32), heads(1, 2, 50, 32)
         check(run(q, k, v), q, k, v, None, False, None)
 
-    def test_in_a_model(self) -> None:
+    def test_in_a_model(self, kernel: str) -> None:
         """One kernel, no call of ATen's, keys and values not copied for each head."""
         model, x = int8(Block(interleaved)), tokens(40)
         chosen = lowering.kernel_for(x, x)
@@ -507,6 +525,8 @@ class TestKernel:
                 torch._dynamo.reset()
                 other = torch.compile(model)(x)
         assert code.count(f"qfuse::attend<qfuse::{chosen.class_name}<T, 32>, true>(attention, threads)") == 1
+        assert ("using Floats = __m256;" in code) == (kernel == AVX2)
+        assert ("using Floats = __m512;" in code) == (kernel != AVX2)
         assert "_scaled_dot_product_flash_attention_for_cpu.default(" not in code
         assert (result - other).norm() <= 0.05 * other.norm()
 

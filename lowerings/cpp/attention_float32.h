@@ -5,9 +5,9 @@
 namespace qfuse {
 namespace {
 
-// A block of rows is multiplied in tiles of rows by two vectors. Where they end: by AVX-512, the sums of 8 rows are half of the
+// A block of rows is multiplied in tiles of rows by two vectors, which begin and end here: by AVX-512, the sums of 8 rows are half of the
 // registers, by AVX2 those of 6 are most of them.
-constexpr int64_t tile_ends[] = {lanes == 16 ? 8 : 6, lanes == 16 ? 16 : 11, 16};
+constexpr int64_t tile_bounds[] = {0, lanes == 16 ? 8 : 6, lanes == 16 ? 16 : 11, 16};
 // In float32, sums are of so many products, and then added up: as in MKL on Zen 4 by AVX-512, where one sum of 256 was 1.5 times
 // as inexact. By AVX2, with sums of 64, few keys are up to 1.2 times as inexact as ATen's, and with one sum 1.8 times.
 constexpr int64_t products_of_sum = lanes == 16 ? 16 : 32;
@@ -90,7 +90,7 @@ class Float32Attention {
     template <int tile = 0>
     void multiply_rows(
         const float* a, int64_t a_stride, const float* b, int64_t depth, bool is_first, float* out, int64_t out_stride) const {
-        constexpr int64_t first = tile == 0 ? 0 : tile_ends[std::max(tile, 1) - 1], end = tile_ends[tile];
+        constexpr int64_t first = tile_bounds[tile], end = tile_bounds[tile + 1];
         multiply<end - first>(a + first * a_stride, a_stride, b, depth, is_first, out + first * out_stride, out_stride);
         if constexpr (end < rows)
             if (count_ > end)
