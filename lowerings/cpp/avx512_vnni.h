@@ -106,16 +106,17 @@ class Avx512Vnni {
 
     int64_t panel_bytes() const { return (k_ + 63) / 64 * 4096; }
 
-    // Rows by 32 columns. A row of the part before is stored in front of each of as many shares of the steps: the CPU looks
-    // only some hundred instructions ahead, and would multiply nothing while it stores a whole block. `number` counts the
-    // tiles that pass by these columns: of the next panel, each of the first two fetches a line for each step.
+    // Rows by 32 columns. The rows of the part before are stored between as many shares of the steps and one more: the CPU looks
+    // only some hundred instructions ahead, and would multiply nothing while it stores a whole block. Nor does it at once: what
+    // was just stored cannot be loaded for a while, and what waits for it takes the places of what could go on. `number` counts
+    // the tiles that pass by these columns: of the next panel, each of the first two fetches a line for each step.
     template <int ROWS, typename Store>
     QFUSE_TARGET_AVX512_VNNI __attribute__((noinline)) void tile(
         const uint8_t* a, int64_t stride, const Panel& w, int64_t column, int64_t number, int32_t* out, const Part& before,
         const Store& store) const {
         const int8_t* b = w.data + 4 * column;
         const uint8_t* const end = a + k_ / 4 * 4;
-        const int64_t share = before.rows ? k_ / 4 / before.rows * 4 : 0, ahead = number < 2 ? panel_bytes() + 64 * number : 0;
+        const int64_t share = k_ / 4 / (before.rows + 1) * 4, ahead = number < 2 ? panel_bytes() + 64 * number : 0;
         const Tail<ROWS> last(a, stride, k_); // before there are sums, which calls would spill
         __m512i sums[ROWS][2];
 #pragma GCC unroll 6
@@ -123,14 +124,14 @@ class Avx512Vnni {
 #pragma GCC unroll 2
             for (int j = 0; j < 2; ++j)
                 sums[i][j] = w.start ? _mm512_loadu_si512(w.start + column + 16 * j) : _mm512_setzero_si512();
-        int64_t row = 0;
-        do {
-            if (row < before.rows)
-                store_row(store, row);
-            const uint8_t* const until = ++row < before.rows ? a + share : end;
+        for (int64_t row = 0;; ++row) {
+            const uint8_t* const until = row < before.rows ? a + share : end;
             for (; a < until; a += 4, b += 256)
                 multiply(sums, Memory{a, stride}, b, ahead, std::make_integer_sequence<int, ROWS>());
-        } while (row < before.rows);
+            if (row >= before.rows)
+                break;
+            store_row(store, row);
+        }
         if (k_ % 4)
             multiply(sums, last, b, ahead, std::make_integer_sequence<int, ROWS>());
 #pragma GCC unroll 6
