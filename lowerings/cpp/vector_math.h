@@ -222,6 +222,7 @@ alignas(64) static const float gelu_coefficients[4][32] = {
 // GELU, x Φ(x) = max(x, 0) − |x| Φ(−|x|), for results that are rounded to bfloat16, within 6e-7, relatively within 1e-3
 // down to −5: with a third as many multiplications as by erf, which take the ports of `vpdpbusd`. Where x is −∞ it is 0, not NaN.
 static inline __m512 rough_gelu_of(__m512 x) {
+    // floats, which GCC loads from memory: integers it moves from general registers, by a port of the multiplications
     const __m512 t = _mm512_min_ps(_mm512_set1_ps(5.875f), _mm512_andnot_ps(_mm512_set1_ps(-0.0f), x)); // of NaN, NaN
     // between 2 and 4, and between 4 and 8, a float's exponent and first four bits number the 32
     const __m512i i = _mm512_srli_epi32(_mm512_castps_si512(_mm512_add_ps(t, _mm512_set1_ps(2.0f))), 19);
