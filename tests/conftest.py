@@ -9,6 +9,7 @@ from torch._dynamo import guards
 from torch._inductor import config as inductor_config
 
 import qfuse
+from qfuse.lowerings import quantize_rows
 
 #: Dynamo times the guards of each compile, for a log, and flushes the caches for it: a twentieth of what tests take.
 guards.profile_guard_manager = lambda *_: 0.0
@@ -34,6 +35,19 @@ def _clean_state() -> Iterator[None]:
         yield
     for setting, value in zip(settings, before, strict=True):
         setting.set(value)
+
+
+@pytest.fixture
+def exact_casts() -> Iterator[None]:
+    """Round where the graph rounds, and generate code anew."""
+    with inductor_config.patch(emulate_precision_casts=True, fx_graph_cache=False):
+        yield
+
+
+@pytest.fixture
+def no_norm_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference of a norm and its quantization does not run where the kernel fails."""
+    monkeypatch.setattr(quantize_rows, "_norm_reference", None)
 
 
 def pytest_collection_finish() -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import math
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,17 @@ import expecttest
 import producers
 import pytest
 import torch
+from quantizations import (
+    DTYPES,
+    KERNEL,
+    PRODUCERS,
+    WRITTEN,
+    Quantized,
+    absmax,
+    compile_and_count,
+    parsed_programs,
+    unrounded,
+)
 from support import Model, trace, unfused, without_amx
 from torch import Tensor, nn
 from torch._inductor import config as inductor_config
@@ -22,102 +31,18 @@ from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize
 from transformers import BertConfig, BertModel
 
 import qfuse
-from qfuse.lowerings import quantize_rows, quantize_rows_inductor
-from qfuse.row_program import RowProgram
 
 aten, ops = torch.ops.aten, torch.ops.qfuse
 
-#: What the rewritten op is called where its outputs are taken in generated code, once a kernel.
-KERNEL = "q::for_lanes(K"
+pytestmark = pytest.mark.usefixtures("exact_casts")
 
 #: The rewritten op in a graph.
 REWRITTEN = "qfuse.quantize_rows.default"
 
 
-@pytest.fixture(autouse=True)
-def _exact() -> Iterator[None]:
-    """Round where the graph rounds, and generate code anew."""
-    with inductor_config.patch(emulate_precision_casts=True, fx_graph_cache=False):
-        yield
-
-
 def _quantizations(model: Model, *args: Any) -> int:
     """Return how many quantizations are rewritten in the graph."""
     return trace(model, *args).after.count(REWRITTEN)
-
-
-def _compile(model: Model, *args: Any, **kwargs: Any) -> tuple[Any, int]:
-    """Compile and run; return the result, and the number of quantization kernels in the code."""
-    torch._dynamo.reset()
-    result, codes = run_and_get_code(torch.compile(model, **kwargs), *args)
-    return result, sum(code.count('extern "C"\nvoid kernel(const') and code.count(KERNEL) for code in codes)
-
-
-class Quantized(nn.Module):
-    """A linear behind a quantization that a test writes down.
-
-    quantize: x, [..., K] → q int8 and the scale, [..., 1]; and the zero point, if there is one.
-    """
-
-    def __init__(self, quantize: Callable[..., tuple[Tensor, ...]], k: int = 67, n: int = 32) -> None:
-        super().__init__()
-        self.quantize, self.k = quantize, k
-        self.register_buffer("w", producers.quantized(n, k))
-        self.register_buffer("ws", torch.rand(n) / 100 + 0.01)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, scale, *_ = self.quantize(x)
-        y = torch._int_mm(q.reshape(-1, self.k), self.w.t()).float() * scale.float().reshape(-1, 1) * self.ws
-        return y.reshape(*x.shape[:-1], -1)
-
-
-def absmax(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Row absmax, as most write it."""
-    scale = x.abs().amax(-1, True).float().clamp(min=1e-5) / 127
-    return (x / scale).round().clamp(-127, 127).to(torch.int8), scale
-
-
-def inverse(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Multiplied by an inverse scale, rounded to the activation's dtype on the way."""
-    scale = 127 / x.abs().amax(-1, True).clamp_min(1e-5)
-    return (x * scale).round().clamp(-128, 127).to(torch.int8), 1 / scale
-
-
-def guarded(x: Tensor) -> tuple[Tensor, Tensor]:
-    """A comparison and a choice where a row is zero, and a maximum with its index."""
-    largest = x.abs().max(-1, keepdim=True).values
-    scale = torch.where(largest == 0, 1.0, largest / 127)
-    return torch.clamp(torch.round(x / scale), -127, 127).to(torch.int8), scale
-
-
-def unsigned(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Half-precision activations are converted first; integers, in the end."""
-    v = x.float()
-    scale = torch.maximum(v.amax(-1, True), -v.amin(-1, True)) / 127
-    return (v * scale.reciprocal()).round().to(torch.int32).clamp(-127, 127).to(torch.int8), scale
-
-
-def of_squares(x: Tensor) -> tuple[Tensor, Tensor]:
-    """A reduction of what is computed from the elements, and not read off their bits."""
-    largest = (x.float() * x.float()).amax(-1, True) + 1
-    scale = largest / 127
-    return (x.float() / scale).round().clamp(-127, 127).to(torch.int8), scale
-
-
-def without_dimension(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The reduced dimension is dropped, and put back later."""
-    scale = (x.abs().amax(-1) / 127.5).float().clamp_min(1e-5)
-    return (x * (1.0 / scale).unsqueeze(-1)).round().clamp(-128, 127).to(torch.int8), scale.unsqueeze(-1)
-
-
-def unrounded(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Integers by truncation."""
-    scale = x.abs().amax(-1, True) / 127
-    return (x / scale).to(torch.int8), scale
-
-
-WRITTEN = (absmax, inverse, guarded, unsigned, of_squares, without_dimension, unrounded)
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -138,9 +63,6 @@ def _unrewritten(model: Model, *args: Any) -> Any:
     """Run the same fused linears behind the graph's own quantization."""
     with qfuse.config.patch(fuse_quantization=False):
         return trace(model, *args).result
-
-
-PRODUCERS = ("T4", "T7-torchao", "T7-torchao-reduced", "T10-torchao", "T13-torchao", "P12")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -180,7 +102,7 @@ qfuse.quantize_rows.default
         )
 
     def test_program(self) -> None:
-        with _programs() as programs:
+        with parsed_programs() as programs:
             trace(Quantized(absmax), torch.randn(2, 5, 67, dtype=torch.bfloat16))
         self.assertExpectedInline(
             programs[0].replace("; ", "\n"),
@@ -249,173 +171,6 @@ def _quantization(operators: list[str]) -> list[str]:
     return operators[: next(i for i, name in enumerate(operators) if "pack_column_sums" in name)]
 
 
-@contextlib.contextmanager
-def _programs() -> Iterator[list[str]]:
-    """Note the programs that are parsed."""
-    seen: list[str] = []
-    parse = RowProgram.parse
-
-    def noted(text: str) -> RowProgram:
-        seen.append(text)
-        return parse(text)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RowProgram, "parse", noted)
-        yield seen
-
-
-# ---- the kernel
-
-
-def _rows(m: int, k: int, dtype: torch.dtype) -> Tensor:
-    """Return [m, k] rows of every kind: normal, zero, of one sign, denormal, infinite, NaN of both signs."""
-    x = torch.randn(m, k) * 3
-    tiny = torch.finfo(dtype).smallest_normal / 4
-    special = (0.0, -1.0, 2.0, tiny, math.inf, -math.inf, math.nan)
-    for i, value in enumerate(special[: m // 2]):
-        x[i] = value if i < 4 else x[i]
-        x[i, -1] = value
-    if m > 15:
-        x[8, 0], x[9, k // 2], x[10] = -math.nan, math.nan, -x[10].abs()
-        x[11] = x[11].abs()
-        x[12, :] = -0.0
-    return x.to(dtype)
-
-
-class Kernels(nn.Module):
-    """Programs without linears, so that integers and scales can be compared bit by bit."""
-
-    def __init__(self, programs: list[str]) -> None:
-        super().__init__()
-        self.programs = programs
-
-    def forward(self, v: Tensor) -> list[list[Tensor]]:
-        return [ops.quantize_rows(v, program) for program in self.programs]
-
-
-def _programs_of(dtype: torch.dtype) -> list[str]:
-    """Return the programs of everything above."""
-    models = [Quantized(quantize) for quantize in WRITTEN]
-    models += [row.make(32, 67, dtype, True) for row in producers.ROWS if row.name in PRODUCERS]
-    with _programs() as programs:
-        for model in models:
-            trace(model, torch.randn(3, 67).to(dtype))
-    return [*dict.fromkeys(programs), _mixed(dtype)]
-
-
-def _mixed(dtype: torch.dtype) -> str:
-    """A program of the operators that no producer uses: int8 and uint8 in one, and outputs of every type."""
-    name = str(dtype).removeprefix("torch.")
-    return "; ".join(
-        f"""
-        amax:{name} %0; convert:float64 %1; div:float64 %2 127.0; convert:float32 %3; ne:bool %4 %4
-        where:float32 %5 1.0 %4; convert:float32 %0; div:float32 %7 %6; minimum:float32 %8 100.0; round:float32 %9
-        maximum:float32 %10 -100.5; convert:int8 %11; convert:int32 %12; add:int32 %13 128; convert:uint8 %14
-        lt:bool %7 0.0; neg:{name} %0; where:{name} %16 %17 %0; amin:{name} %18; convert:int8 %3; convert:int64 %4
-        add:int64 %21 -3; sub:int32 1 %13; mul:int32 %23 3; convert:uint8 %24; ge:bool %13 4; where:int32 %26 %13 %24
-        abs:int32 %27; convert:int8 %28; convert:{name} %13; convert:float32 %30; convert:int8 %31; convert:int32 %5
-        -> %12 %15 %2 %4 %19 %20 %22 %25 %29 %32 %33 %1
-        """.strip().split("\n")
-    ).replace("        ", "")
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_kernel_bits(dtype: torch.dtype) -> None:
-    """Scales and integers are those of the reference, whatever is in a row; integers of NaN are undefined."""
-    model = Kernels(_programs_of(dtype))
-    compiled = torch.compile(model, dynamic=True)
-    for m, k in ((17, 67), (3, 32), (19, 2), (16, 150), (400, 300)):
-        _assert_same_bits(compiled, model, _rows(m, k, dtype))
-
-
-def _assert_same_bits(compiled: Model, model: Kernels, v: Tensor) -> None:
-    defined = v.isfinite().all(-1)
-    for program, outputs in zip(model.programs, compiled(v), strict=True):
-        for out, want in zip(outputs, RowProgram.parse(program)(v), strict=True):
-            assert out.dtype is want.dtype
-            if out.is_floating_point():
-                assert torch.equal(out.isnan(), want.isnan())
-                assert torch.equal(out.nan_to_num(), want.nan_to_num())
-            else:
-                assert torch.equal(out[defined], want[defined])
-
-
-def test_one_row_and_one_column() -> None:
-    """Sizes that are compiled for themselves."""
-    model = Kernels([_mixed(torch.bfloat16)])
-    for m, k in ((1, 70), (19, 1)):
-        torch._dynamo.reset()
-        _assert_same_bits(torch.compile(model, dynamic=False), model, _rows(m, k, torch.bfloat16))
-
-
-def test_without_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The portable code computes the same bits."""
-    portable = quantize_rows._TEMPLATE.replace("#define QFUSE_ROWS_AVX512", "")
-    assert portable != quantize_rows._TEMPLATE
-    monkeypatch.setattr(quantize_rows, "_TEMPLATE", portable)
-    for dtype in (torch.bfloat16, torch.float32):
-        torch._dynamo.reset()
-        model = Kernels(_programs_of(dtype)[-3:])
-        _assert_same_bits(torch.compile(model), model, _rows(17, 67, dtype))
-
-
-def test_nan_in_low_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One whose bits are all below those of bfloat16 does not become an infinity; nor without AVX-512."""
-    program = "convert:bfloat16 %0; abs:bfloat16 %1; amax:bfloat16 %2; -> %3"
-    v = torch.randn(4, 70)
-    v.view(torch.int32)[1, 40] = 0x7F800001
-    for replaced in ("", "#define QFUSE_ROWS_AVX512"):
-        text = quantize_rows._TEMPLATE.replace(replaced, "") if replaced else quantize_rows._TEMPLATE
-        monkeypatch.setattr(quantize_rows, "_TEMPLATE", text)
-        torch._dynamo.reset()
-        model = Kernels([program])
-        _assert_same_bits(torch.compile(model), model, v)
-
-
-def test_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A program, as it is lowered on GPUs, is what Inductor makes of its operators; here it makes C++ of both."""
-    monkeypatch.setattr(
-        quantize_rows, "_kernel", lambda v, program, norm=None: quantize_rows_inductor.lower(v, program)
-    )
-    model = Kernels(_programs_of(torch.bfloat16)[::4])
-    operators = [RowProgram.parse(program) for program in model.programs]
-    v = _rows(17, 67, torch.bfloat16)
-    lowered, plain = torch.compile(lambda v: (model(v), [run(v) for run in operators]))(v)
-    assert len(lowered) == len(plain) >= 3
-    for ours, theirs in zip(lowered, plain, strict=True):
-        for a, b in zip(ours, theirs, strict=True):
-            assert a.dtype is b.dtype
-            assert torch.equal(a.nan_to_num(), b.nan_to_num())
-
-
-def test_strides() -> None:
-    """Rows that lie apart are read where they are; columns that do are copied."""
-    model = Kernels(["amax:float32 %0; div:float32 %0 %1; round:float32 %2; convert:int8 %3; -> %4 %1"])
-
-    def run(v: Tensor) -> list[Tensor]:
-        (a,), (b,), (c,) = model(v[:, 3:36]), model(v.t()), model(v[1:, ::2])
-        return [*a, *b, *c]
-
-    v = torch.randn(34, 50)
-    assert all(map(torch.equal, _compile(run, v)[0], run(v)))
-
-
-def test_dynamic_batch() -> None:
-    """One compile for every M, none included."""
-    model = Quantized(absmax)
-    compiled = torch.compile(model, dynamic=True)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for m in (7, 40, 3):
-            x = torch.randn(m, 67, dtype=torch.bfloat16)
-            torch._dynamo.maybe_mark_dynamic(x, 0)
-            torch.testing.assert_close(compiled(x), unfused(model, x), rtol=1e-6, atol=1e-6)
-    rows = Kernels(["amax:float32 %0; div:float32 %0 %1; round:float32 %2; convert:int8 %3; -> %4 %1"])
-    dynamic = torch.compile(rows, dynamic=True)
-    for m in (5, 1, 0, 300):
-        v = torch.randn(m, 67)
-        assert all(map(torch.equal, dynamic(v)[0], rows(v)[0]))
-
-
 # ---- in a model
 
 
@@ -472,7 +227,7 @@ def test_written_to_later(write: Callable[..., Tensor], norm: type[nn.Module]) -
     block, x = Writing(write, norm(64)), torch.randn(8, 64)
     quantize_(block, Int8DynamicActivationInt8WeightConfig())
     other, y = copy.deepcopy(block), x.clone()
-    result, kernels = _compile(block, x)
+    result, kernels = compile_and_count(block, x)
     assert kernels == 1
     for got, want in zip((result, x, block.state), (other(y), y, other.state), strict=True):
         torch.testing.assert_close(got, want, atol=0.01, rtol=0)
@@ -500,10 +255,10 @@ class Attention(nn.Module):
 def test_shared() -> None:
     """q, k and v are quantized by one kernel, and the GELU is computed once."""
     model, x = Attention(), torch.randn(2, 9, 67, dtype=torch.bfloat16)
-    result, kernels = _compile(model, x)
+    result, kernels = compile_and_count(model, x)
     assert kernels == 1
     with qfuse.config.patch(fuse_quantization=False):
-        expected, none = _compile(model, x)
+        expected, none = compile_and_count(model, x)
     assert none == 0
     assert all(map(torch.equal, result, expected))
 
@@ -549,7 +304,7 @@ def test_left_in_part() -> None:
 
     model, x = Both(absmax), torch.randn(20, 67)
     assert all(map(torch.equal, _rewritten(model, x), _unrewritten(model, x)))
-    result, _ = _compile(model, x)
+    result, _ = compile_and_count(model, x)
     for got, expected in zip(result, unfused(model, x), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
 
