@@ -70,6 +70,9 @@ def parse_options() -> argparse.Namespace:
         metavar="DIR",
         help="where results go (default: docs/benchmarks)",
     )
+    common.add_argument(
+        "--engines", nargs="+", default=[], metavar="TEXT", help="only those with one of these in the name, as int8"
+    )
     common.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # this is the process that measures, into there
 
     linear = commands.add_parser("linear", parents=[common], help="int8 linears, and chains of them for one token")
@@ -91,9 +94,6 @@ def parse_options() -> argparse.Namespace:
 
     model = commands.add_parser("model", parents=[common], help="whole models, and other engines")
     model.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="(default: all)")
-    model.add_argument(
-        "--engines", nargs="+", default=[], metavar="TEXT", help="only those with one of these in the name, as int8"
-    )
     model.add_argument(
         "--compiles", type=at_least(1), default=1, metavar="N", help="compiles of each engine, in turn (default: 1)"
     )

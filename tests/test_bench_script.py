@@ -108,6 +108,29 @@ def test_linear_on_gpus() -> None:
     assert table.row_count == len(case.engines) + 1
 
 
+def test_engines_are_chosen_by_a_part_of_their_names() -> None:
+    from benchmarks.results import BF16, STOCK, chosen
+
+    names = ["int8, qfuse cpp", STOCK, BF16]
+    assert chosen(names, []) == names
+    assert chosen(names, ["qfuse", "bf16"]) == ["int8, qfuse cpp", BF16]
+    with pytest.raises(
+        SystemExit, match=r"no engine has any of \['int4'\] in its name; there are: int8, qfuse cpp; int8, "
+    ):
+        chosen(names, ["int4"])
+
+
+def test_only_the_engines_that_were_asked_for_are_measured() -> None:
+    from benchmarks.linear import Settings, measure
+    from benchmarks.linear_modules import Shape
+
+    settings = Settings(
+        (Shape(8, 64, 48),), ("quantized",), decode=False, rounds=2, memory_bytes=1 << 20, engines=["cpp"]
+    )
+    (case,) = measure(settings)
+    assert [engine.engine for engine in case.engines] == ["int8, qfuse cpp"]
+
+
 def test_decode_continues_prefill() -> None:
     """The step at the last position computes what prefill computes there."""
     from benchmarks.decoder import Decoder, Prefill, Size, Step

@@ -22,17 +22,20 @@ class Avx2 {
     void operator()(const Rows& x, Panel& w, int32_t* block, Part& part, const Store& store) {
         store_all(part, store);
         start_sums(x.count, w, block);
-        for (int64_t k = 0; k < k_; k += most_k) {
-            const int64_t length = std::min(most_k, k_ - k), pairs = (length + 63) / 64 * 32;
+        const int64_t most = x.count == 1 ? max_rows * most_k : most_k;
+        for (int64_t k = 0; k < k_; k += most) {
+            const int64_t length = std::min(most, k_ - k), pairs = (length + 63) / 64 * 32;
             const int8_t* const columns = w.data + panel_columns * k;
             for (int64_t i = 0; i < x.count; ++i)
-                split_row(x.data + i * x.stride + k, length, rows_[i]);
-            if (x.count > unsplit_rows) {
+                split_row(x.data + i * x.stride + k, length, row(i));
+            if (x.count == 1) {
+                one_row(rows_, columns, pairs, block);
+            } else if (x.count > unsplit_rows) {
                 split_columns(columns, pairs);
                 add_split(x.count, pairs, block);
             } else {
-                for (int64_t first = 0; first < pairs; first += few_pairs)
-                    add(x.count, first, columns + 128 * first, std::min(few_pairs, pairs - first), block);
+                for (int64_t pair = 0; pair < pairs; pair += few_pairs)
+                    add(x.count, pair, columns + 128 * pair, std::min(few_pairs, pairs - pair), block);
             }
         }
         part = {x.first, w.first, x.count, w.columns};
@@ -40,13 +43,15 @@ class Avx2 {
 
  private:
     static constexpr int64_t most_k = 512, most_pairs = most_k / 2; // of a panel that is split: 64 KiB in the second-level cache
-    static constexpr int64_t unsplit_rows = 18; // up to so many, splitting the panel is not worth while
+    static constexpr int64_t unsplit_rows = 30; // up to so many, splitting the panel is not worth while
     static constexpr int64_t few_pairs = 64; // that those are multiplied by at once: 8 KiB of the panel
 
     int64_t k_;
-    alignas(64) Pair rows_[max_rows][most_pairs];
+    alignas(64) Pair rows_[max_rows * most_pairs]; // or one row, longer
     alignas(64) Pair columns_[panel_columns / 16][most_pairs][16];
     const int8_t* columns_from_ = nullptr; // what is split there: all calls are for one weight
+
+    Pair* row(int64_t i) { return rows_ + i * most_pairs; }
 
     QFUSE_TARGET_AVX2 __attribute__((always_inline)) static inline __m256i first_of(__m256i bytes) {
         return _mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8);
@@ -87,76 +92,6 @@ class Avx2 {
                 }
     }
 
-    // Add the products of rows and columns that are split.
-    void add_split(int64_t count, int64_t pairs, int32_t* block) const {
-        for (int64_t column = 0; column < panel_columns; column += 16)
-            for_tiles_of_six(count, [&](int64_t row, auto rows) {
-                split_tile<rows>(rows_[row], columns_[column / 16], pairs, block + row * panel_columns + column);
-            });
-    }
-
-    // Rows by 16 columns, in 12 of the 16 registers.
-    template <int ROWS>
-    QFUSE_TARGET_AVX2 __attribute__((noinline)) static void split_tile(
-        const Pair* rows, const Pair (*columns)[16], int64_t pairs, int32_t* out) {
-        Sums<ROWS, 2> sums(out);
-        for (int64_t p = 0; p < pairs; ++p) {
-            const __m256i column[2] = {
-                _mm256_load_si256(reinterpret_cast<const __m256i*>(columns[p])),
-                _mm256_load_si256(reinterpret_cast<const __m256i*>(columns[p] + 8)),
-            };
-#pragma GCC unroll 6
-            for (int i = 0; i < ROWS; ++i) {
-                const __m256i row = broadcast(rows + i * most_pairs + p);
-#pragma GCC unroll 2
-                for (int j = 0; j < 2; ++j)
-                    sums.of[i][j] = add_products(sums.of[i][j], row, column[j]);
-            }
-        }
-        sums.store(out);
-    }
-
-    // Add the products of few rows, by their pairs from `first` on, and of columns that are not split. One or two rows read
-    // more columns at once.
-    void add(int64_t count, int64_t first, const int8_t* columns, int64_t pairs, int32_t* block) const {
-        if (count == 1)
-            return tile<1, 8>(rows_[0] + first, columns, pairs, block);
-        if (count == 2) {
-            for (int64_t column = 0; column < panel_columns; column += 32)
-                tile<2, 4>(rows_[0] + first, columns + 4 * column, pairs, block + column);
-            return;
-        }
-        for (int64_t column = 0; column < panel_columns; column += 16)
-            for_tiles_of_six(count, [&](int64_t row, auto rows) {
-                tile<rows, 2>(rows_[row] + first, columns + 4 * column, pairs, block + row * panel_columns + column);
-            });
-    }
-
-    // Rows by 8 · VECTORS columns, which fetches what comes behind them, in this panel or in the next.
-    template <int ROWS, int VECTORS>
-    QFUSE_TARGET_AVX2 __attribute__((noinline)) static void tile(
-        const Pair* rows, const int8_t* columns, int64_t pairs, int32_t* out) {
-        Sums<ROWS, VECTORS> sums(out);
-        for (const Pair* const end = rows + pairs; rows < end; rows += 16)
-            for (int64_t four = 0; four < 8; ++four, columns += 256) {
-#pragma GCC unroll 4
-                for (int line = 0; line < VECTORS / 2; ++line)
-                    _mm_prefetch(reinterpret_cast<const char*>(columns) + 128 * few_pairs + 64 * line, _MM_HINT_T0);
-#pragma GCC unroll 8
-                for (int j = 0; j < VECTORS; ++j) {
-                    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(columns + 32 * j));
-                    const __m256i first = first_of(bytes), second = second_of(bytes);
-#pragma GCC unroll 6
-                    for (int i = 0; i < ROWS; ++i) {
-                        const Pair* const row = rows + i * most_pairs + four;
-                        sums.of[i][j] = add_products(sums.of[i][j], broadcast(row), first);
-                        sums.of[i][j] = add_products(sums.of[i][j], broadcast(row + 8), second);
-                    }
-                }
-            }
-        sums.store(out);
-    }
-
     template <int ROWS, int VECTORS>
     struct Sums {
         __m256i of[ROWS][VECTORS];
@@ -178,15 +113,116 @@ class Avx2 {
         }
     };
 
+    // Add the products of rows and columns that are split.
+    void add_split(int64_t count, int64_t pairs, int32_t* block) {
+        for (int64_t column = 0; column < panel_columns; column += 16)
+            for_tiles_of_six(count, [&](int64_t first, auto rows) {
+                split_tile<rows>(row(first), columns_[column / 16], pairs, block + first * panel_columns + column);
+            });
+    }
+
+    // Rows by 16 columns, in 12 of the 16 registers.
+    template <int ROWS>
+    QFUSE_TARGET_AVX2 __attribute__((noinline)) static void split_tile(
+        const Pair* rows, const Pair (*columns)[16], int64_t pairs, int32_t* out) {
+        Sums<ROWS, 2> sums(out);
+        for (int64_t p = 0; p < pairs; ++p) {
+            const __m256i column[2] = {
+                _mm256_load_si256(reinterpret_cast<const __m256i*>(columns[p])),
+                _mm256_load_si256(reinterpret_cast<const __m256i*>(columns[p] + 8)),
+            };
+#pragma GCC unroll 6
+            for (int i = 0; i < ROWS; ++i) {
+                const __m256i row = broadcast(rows + i * most_pairs + p);
+#pragma GCC unroll 2
+                for (int j = 0; j < 2; ++j)
+                    add_products(sums.of[i][j], row, column[j]);
+            }
+        }
+        sums.store(out);
+    }
+
+    // Add the products of one row, and of columns that are not split: of four parts of K in turn, because Zen 3 reads memory
+    // faster in four places than in one. Each place fetches ahead, in bytes, and at its end where it will begin in the next panel.
+    QFUSE_TARGET_AVX2 __attribute__((noinline)) static void one_row(
+        const Pair* row, const int8_t* columns, int64_t pairs, int32_t* out) {
+        constexpr int64_t ahead = 8192;
+        const int64_t part = pairs / 64 * 16;
+        Sums<1, 8> sums(out);
+        for (int64_t p = 0; p < part; p += 16) {
+            const int64_t fetched = 128 * p + ahead < 128 * part ? ahead : ahead + 128 * (pairs - part);
+            for (int64_t four = 0; four < 8; ++four)
+#pragma GCC unroll 4
+                for (int place = 0; place < 4; ++place) {
+                    const int64_t at = place * part + p;
+                    multiply(sums, row + at + four, columns + 128 * at + 256 * four, fetched);
+                }
+        }
+        for (int64_t p = 4 * part; p < pairs; p += 16)
+            for (int64_t four = 0; four < 8; ++four)
+                multiply(sums, row + p + four, columns + 128 * p + 256 * four, ahead);
+        sums.store(out);
+    }
+
+    // Add the products of few rows, by their pairs from `pair` on, and of columns that are not split. Two rows read more
+    // columns at once.
+    void add(int64_t count, int64_t pair, const int8_t* columns, int64_t pairs, int32_t* block) {
+        if (count == 2) {
+            for (int64_t column = 0; column < panel_columns; column += 32)
+                tile<2, 4>(rows_ + pair, columns + 4 * column, pairs, block + column);
+            return;
+        }
+        for (int64_t column = 0; column < panel_columns; column += 16)
+            for_tiles_of_six(count, [&](int64_t first, auto rows) {
+                tile<rows, 2>(row(first) + pair, columns + 4 * column, pairs, block + first * panel_columns + column);
+            });
+    }
+
+    // Rows by 8 · VECTORS columns, which fetches what comes behind them, in this panel or in the next.
+    template <int ROWS, int VECTORS>
+    QFUSE_TARGET_AVX2 __attribute__((noinline)) static void tile(
+        const Pair* rows, const int8_t* columns, int64_t pairs, int32_t* out) {
+        Sums<ROWS, VECTORS> sums(out);
+        for (const Pair* const end = rows + pairs; rows < end; rows += 16)
+            for (int64_t four = 0; four < 8; ++four, columns += 256)
+                multiply(sums, rows + four, columns, 128 * few_pairs);
+        sums.store(out);
+    }
+
+    // Add the products of four k, and fetch so many bytes ahead.
+    template <int ROWS, int VECTORS>
+    QFUSE_TARGET_AVX2 __attribute__((always_inline)) static inline void multiply(
+        Sums<ROWS, VECTORS>& sums, const Pair* rows, const int8_t* columns, int64_t ahead) {
+#pragma GCC unroll 4
+        for (int line = 0; line < VECTORS / 2; ++line)
+            _mm_prefetch(reinterpret_cast<const char*>(columns) + ahead + 64 * line, ROWS == 1 ? _MM_HINT_T1 : _MM_HINT_T0);
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half)
+#pragma GCC unroll 4
+            for (int j = 0; j < VECTORS; j += 2) { // of two, as many as registers are left
+                const __m256i* const bytes = reinterpret_cast<const __m256i*>(columns + 32 * j);
+                const __m256i left = _mm256_loadu_si256(bytes), right = _mm256_loadu_si256(bytes + 1);
+                const __m256i column[2] = {
+                    half ? second_of(left) : first_of(left), half ? second_of(right) : first_of(right)};
+#pragma GCC unroll 6
+                for (int i = 0; i < ROWS; ++i) {
+                    const __m256i row = broadcast(rows + i * most_pairs + 8 * half);
+                    add_products(sums.of[i][j], row, column[0]);
+                    add_products(sums.of[i][j + 1], row, column[1]);
+                }
+            }
+    }
+
     QFUSE_TARGET_AVX2 __attribute__((always_inline)) static inline __m256i broadcast(const Pair* pair) {
         int32_t bits;
         std::memcpy(&bits, pair, 4);
         return _mm256_set1_epi32(bits);
     }
 
-    QFUSE_TARGET_AVX2 __attribute__((always_inline)) static inline __m256i add_products(
-        __m256i sums, __m256i row, __m256i column) {
-        return _mm256_add_epi32(sums, _mm256_madd_epi16(row, column));
+    // sums += products of 8 pairs. Not the intrinsic: GCC adds products to each other first, and spills them and the sums.
+    QFUSE_TARGET_AVX2 __attribute__((always_inline)) static inline void add_products(
+        __m256i& sums, __m256i row, __m256i column) {
+        __asm__ volatile("vpaddd %1, %0, %0" : "+x"(sums) : "x"(_mm256_madd_epi16(row, column)));
     }
 };
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,7 +14,7 @@ from benchmarks.engines import Compiled, compile_model, lowering_names, relative
 from benchmarks.linear_modules import Shape, Subject, flattened, quantized_inside, quantized_outside
 from benchmarks.probes import Peak, Reads, best_read, peaks
 from benchmarks.profiling import kernels
-from benchmarks.results import BF16, STOCK, Case, Measured
+from benchmarks.results import BF16, STOCK, Case, Measured, chosen
 from benchmarks.timing import alternate
 
 SHAPES = (
@@ -33,7 +33,10 @@ MODES = ("quantized", "dynamic")
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure. modes: of `MODES`. layers: of a decode chain; 0 for as many as exceed `DECODE_BYTES`."""
+    """What to measure. modes: of `MODES`. layers: of a decode chain; 0 for as many as exceed `DECODE_BYTES`.
+
+    engines: as on the command line.
+    """
 
     shapes: tuple[Shape, ...] = SHAPES
     modes: tuple[str, ...] = MODES
@@ -46,6 +49,7 @@ class Settings:
     threads: int = 1
     memory_bytes: int = MEMORY_BYTES
     profile: bool = False
+    engines: Sequence[str] = ()
 
 
 def measure(settings: Settings, say: Callable[[str], None] = lambda line: None) -> Iterable[Case]:
@@ -117,23 +121,29 @@ def _measure(
         if settings.profile:
             engines[-1].kernels = kernels(calls[-1])
 
+    qfuse_engines = {f"int8, qfuse {name}": name for name in lowering_names()}
+    wanted = chosen([*qfuse_engines, STOCK, BF16], settings.engines)
     default = compile_model(subject.int8, subject.int8_inputs, fuse=True)
-    for name in lowering_names():
+    for engine, name in qfuse_engines.items():
+        if engine not in wanted:
+            continue
         compiled = default
         if default.lowerings != (name,):
             compiled = compile_model(subject.int8, subject.int8_inputs, fuse=True, only_lowering=name)
         if compiled.report.misses or not compiled.report.matches:
             reasons = {miss.reason for miss in compiled.report.misses} or {"nothing is fused"}
-            engines.append(Measured(f"int8, qfuse {name}", absent="; ".join(sorted(reasons))))
+            engines.append(Measured(engine, absent="; ".join(sorted(reasons))))
             continue
         note = "default" if default.lowerings == (name,) else ""
-        add(f"int8, qfuse {name}", compiled, subject.int8_inputs, note)
-    add(STOCK, compile_model(subject.int8, subject.int8_inputs, fuse=False), subject.int8_inputs)
-    add(BF16, compile_model(subject.bf16, subject.bf16_inputs, fuse=False), subject.bf16_inputs)
+        add(engine, compiled, subject.int8_inputs, note)
+    if STOCK in wanted:
+        add(STOCK, compile_model(subject.int8, subject.int8_inputs, fuse=False), subject.int8_inputs)
+    if BF16 in wanted:
+        add(BF16, compile_model(subject.bf16, subject.bf16_inputs, fuse=False), subject.bf16_inputs)
     seconds, rates = alternate(calls, settings.rounds, probes=probes)
     ran = [engine for engine in engines if not engine.absent]
-    for engine, own in zip(ran, seconds, strict=True):
-        engine.seconds = own
+    for measured, own in zip(ran, seconds, strict=True):
+        measured.seconds = own
     return Case(
         title, mode, settings.threads, engines, best_read(rates), subject.operations, subject.traffic, subject.weights
     )

@@ -12,7 +12,7 @@ import torch
 from benchmarks.engines import Compiled, compile_model, lowering_names, relative_error
 from benchmarks.linear import DECODE, DECODE_BYTES, Settings
 from benchmarks.linear_modules import Shape, Subject, flattened, moved, quantized_inside, quantized_outside
-from benchmarks.results import BF16, STOCK, Case, Measured
+from benchmarks.results import BF16, STOCK, Case, Measured, chosen
 from benchmarks.timing import alternate
 
 INT_MM = "int32, _int_mm alone"
@@ -55,12 +55,13 @@ def _measure(title: str, mode: str, subject: Subject, settings: Settings) -> Cas
     gc.collect()
     measured: list[Measured] = []
     calls: list[Callable[[], object]] = []
-    for name, make in _engines(subject):
+    makers = dict(_engines(subject))
+    for name in chosen(makers, settings.engines):
         engine = Measured(name)
         measured.append(engine)
         inputs = subject.bf16_inputs if name.startswith("bf16") else subject.int8_inputs
         try:
-            call, compiled = make()
+            call, compiled = makers[name]()
             if compiled is not None and (compiled.report.misses or not compiled.report.matches):
                 reasons = {miss.reason for miss in compiled.report.misses} or {"nothing is fused"}
                 engine.absent = "; ".join(sorted(reasons))

@@ -19,6 +19,19 @@ UNDISTURBED = 0.9
 FEWEST_UNDISTURBED = 5  # rounds that say something
 
 
+def chosen(names: Iterable[str], parts: Sequence[str]) -> list[str]:
+    """Return the names of engines that contain one of `parts`, or all where there are none.
+
+    Raises:
+        SystemExit: no name does, with a message that tells the names.
+    """
+    names = list(names)
+    found = [name for name in names if not parts or any(part in name for part in parts)]
+    if not found:
+        raise SystemExit(f"qfuse: no engine has any of {list(parts)} in its name; there are: {'; '.join(names)}")
+    return found
+
+
 @dataclass
 class Measured:
     """One engine in one case.

@@ -56,10 +56,11 @@ def _model(options: argparse.Namespace, threads: int, run: Any) -> Iterable[Any]
     from benchmarks import model
     from benchmarks.model_engines import ENGINES
     from benchmarks.models import GROUPS
+    from benchmarks.results import chosen
 
     settings = model.Settings(
         models=[name for group in options.models for name in GROUPS[group]],
-        engines=[name for name in ENGINES if not options.engines or any(part in name for part in options.engines)],
+        engines=chosen(ENGINES, options.engines),
         isa=options.isa,
         rounds=options.rounds,
         threads=threads,
@@ -91,6 +92,7 @@ def _linear(options: argparse.Namespace, threads: int, run: Any) -> Iterable[Any
         threads=threads,
         memory_bytes=options.memory * 2**20,
         profile=options.profile,
+        engines=options.engines,
     )
     if options.device == "cuda":
         from benchmarks import linear_gpu
