@@ -47,6 +47,7 @@ _SHARED = ("attention_vectors.h", "attention.h")
 _BY_AVX512 = ("attention_registers_avx512.h", *_SHARED)
 _BY_AVX2 = ("attention_registers_avx2.h", *_SHARED)
 _FEW_QUERIES = Kernel("FewQueriesAttention", (*_BY_AVX512, "attention_few_queries.h"))
+_FEW_QUERIES_AVX2 = Kernel("FewQueriesAttention", (*_BY_AVX2, "attention_few_queries.h"))
 _AVX512 = Kernel("Float32Attention", (*_BY_AVX512, "attention_float32.h"))
 _AVX512_BF16 = Kernel("Avx512Bf16Attention", (*_BY_AVX512, "attention_bf16.h", "attention_avx512_bf16.h"))
 _AVX2 = Kernel("Float32Attention", (*_BY_AVX2, "attention_float32.h"))
@@ -63,7 +64,7 @@ _MOST_FEW_BESIDE_AMX = 4
 #: With fewer, packing takes longer than ATen's op.
 _LEAST_FOR_AMX = 4
 _LEAST_FOR_AVX512 = 16
-_LEAST_FOR_AVX2 = {torch.float16: 16, torch.bfloat16: 32}
+_LEAST_FOR_AVX2 = 32
 #: With fewer, ATen's sums are also more exact: by up to 10 %.
 _LEAST_IN_FLOAT32 = 64
 
@@ -92,11 +93,16 @@ def kernel_for(q: torch.Tensor, k: torch.Tensor) -> Kernel | None:
     if q.dtype is torch.float32:
         fast = _AVX512 if has_avx512 else _AVX2
         return fast if statically_known_true(queries >= _LEAST_IN_FLOAT32) else None
+    is_shared = statically_known_true(k.shape[1] < q.shape[1])
     if not has_avx512:
-        return None if statically_known_true(queries < _LEAST_FOR_AVX2[q.dtype]) else _AVX2
+        # ATen reads keys again for each head that shares them, and multiplies float16 slowly
+        is_aten_slow = is_shared or q.dtype is torch.float16 or statically_known_true(queries == 1)
+        if is_aten_slow and statically_known_true(queries <= _MOST_FEW):
+            return _FEW_QUERIES_AVX2
+        return _AVX2 if is_aten_slow or not statically_known_true(queries < _LEAST_FOR_AVX2) else None
     may_use_amx = q.dtype is torch.bfloat16 and _has_amx()
     most_few = _MOST_FEW_BESIDE_AMX if may_use_amx else _MOST_FEW
-    if statically_known_true(k.shape[1] < q.shape[1]) and statically_known_true(queries <= most_few):
+    if is_shared and statically_known_true(queries <= most_few):
         return _FEW_QUERIES
     if statically_known_true(queries < (_LEAST_FOR_AMX if may_use_amx else _LEAST_FOR_AVX512)):
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import operator
 from collections.abc import Callable
 
@@ -97,7 +96,8 @@ class TestPass:
 
         self._stays(int8(Block(attend)), tokens())
 
-    def test_one_query_for_each_head_of_keys(self) -> None:
+    def test_one_query_for_each_head_of_keys(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(lowering, "_has_avx512", lambda: True)
         model = Block(F.scaled_dot_product_attention, kv_heads=4)
         self._stays(int8(model), tokens(1))
 
@@ -137,6 +137,8 @@ KERNELS = {
     "Avx512": lowering._AVX512,
     "Avx512Bf16": lowering._AVX512_BF16,
     "FewQueries": lowering._FEW_QUERIES,
+    "Avx2": lowering._AVX2,
+    "FewQueriesAvx2": lowering._FEW_QUERIES_AVX2,
 }
 
 
@@ -163,6 +165,10 @@ def test_kernels(
     monkeypatch.setattr(lowering, "_has_amx", lambda: has_amx)
     monkeypatch.setattr(lowering, "_has_avx512", lambda: True)
     monkeypatch.setattr(lowering, "_multiplies_bfloat16_fast", lambda: is_fast)
+    _check_kernels(dtype, chosen)
+
+
+def _check_kernels(dtype: torch.dtype, chosen: dict[int | str, str | None]) -> None:
     for queries, name in chosen.items():
         groups, rows = (1, queries) if isinstance(queries, int) else (2, int(queries.split()[1]) // 2)
         kernel = lowering.kernel_for(torch.empty(1, 4 * groups, rows, 32, dtype=dtype), torch.empty(1, 4, 9, 32))
@@ -170,12 +176,22 @@ def test_kernels(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "least"), [(torch.float32, 64), (torch.bfloat16, 32), (torch.float16, 16), (torch.float64, None)], ids=str
+    ("dtype", "chosen"),
+    [
+        (torch.float32, {63: None, 64: "Avx2", "shared 8": None}),
+        (
+            torch.bfloat16,
+            {1: "FewQueriesAvx2", 2: None, 31: None, 32: "Avx2", "shared 8": "FewQueriesAvx2", "shared 10": "Avx2"},
+        ),
+        (torch.float16, {1: "FewQueriesAvx2", 8: "FewQueriesAvx2", 9: "Avx2", "shared 10": "Avx2"}),
+        (torch.float64, {1: None, 64: None}),
+    ],
+    ids=str,
 )
-def test_kernel_for_avx2(dtype: torch.dtype, least: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_for_avx2(
+    dtype: torch.dtype, chosen: dict[int | str, str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lowering, "_has_avx512", lambda: False)
-    for has_avx2, queries in itertools.product((True, False), (15, 16, 31, 32, 63, 64)):
+    for has_avx2 in (True, False):
         monkeypatch.setattr(lowering, "_has_avx2", lambda has=has_avx2: has)
-        kernel = lowering.kernel_for(torch.empty(1, 4, queries, 32, dtype=dtype), torch.empty(1, 4, 9, 32))
-        is_chosen = has_avx2 and least is not None and queries >= least
-        assert kernel is (lowering._AVX2 if is_chosen else None)
+        _check_kernels(dtype, chosen if has_avx2 else dict.fromkeys(chosen))

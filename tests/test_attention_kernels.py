@@ -285,11 +285,15 @@ FEW = [
 ]
 
 
-@needs_avx512
 class TestFewQueries:
-    @pytest.fixture(autouse=True)
-    def _without_amx(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.fixture(autouse=True, params=[AVX512, AVX2])
+    def _instructions(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+        has_avx512 = request.param == AVX512
+        if not (lowering._has_avx512() if has_avx512 else torch.cpu.get_capabilities().get("avx2")):
+            pytest.skip("this machine has not the instructions")
         monkeypatch.setattr(lowering, "_has_amx", lambda: False)
+        monkeypatch.setattr(lowering, "_has_avx512", lambda: has_avx512)
+        monkeypatch.setattr(lowering, "_has_avx2", lambda: not has_avx512)
         monkeypatch.setattr(lowering, "_reference", None)  # which would run if the kernel failed
 
     def _check(self, *args: Any) -> None:
@@ -390,7 +394,7 @@ def test_ahead_of_time(limit: str, tmp_path: Path) -> None:
     "kernels",
     [
         (lowering._AMX, lowering._AVX512_BF16, lowering._FEW_QUERIES, lowering._AVX512),
-        (lowering._AVX2, lowering._AVX2),
+        (lowering._AVX2, lowering._FEW_QUERIES_AVX2, lowering._AVX2),
     ],
     ids=[AVX512, AVX2],
 )

@@ -1,9 +1,12 @@
-// Attention of a few queries by AVX-512, in float32 whatever the operands are: keys and values are read once, where they
-// lie, as in decoding.
+// Attention of a few queries by AVX-512 or AVX2, in float32 whatever the operands are: keys and values are read once, where
+// they lie, as in decoding.
 #ifndef QFUSE_ATTENTION_FEW_QUERIES
 #define QFUSE_ATTENTION_FEW_QUERIES
 namespace qfuse {
 namespace {
+
+// Of values, for up to four rows: their sums are half of the registers.
+constexpr int64_t value_vectors = lanes == 16 ? 4 : 2;
 
 // See `attention.h`.
 template <typename T, int64_t D>
@@ -12,7 +15,7 @@ class FewQueriesAttention {
     using Element = T;
     static constexpr int64_t rows = 8;
     static constexpr int64_t window = int64_t{1} << 40; // nothing is packed
-    static constexpr int64_t padded_head = (D + 15) / 16 * 16;
+    static constexpr int64_t padded_head = (D + lanes - 1) / lanes * lanes;
 
     explicit FewQueriesAttention(int64_t) {}
 
@@ -23,14 +26,14 @@ class FewQueriesAttention {
     QFUSE_TARGET_VECTORS void load(const T* const* q, int64_t count) {
         count_ = count;
         for (int64_t i = 0; i < count; ++i)
-            for (int64_t d = 0; d < D; d += 16)
-                _mm512_store_ps(q_[i] + d, load_floats(q[i] + d, first_lanes16(D - d)));
+            for (int64_t d = 0; d < D; d += lanes)
+                store_lanes(q_[i] + d, load_first(q[i] + d, D - d));
     }
 
     QFUSE_TARGET_VECTORS float* scores(int64_t first, int64_t count) {
-        for (int64_t key = 0; key < count; key += 16) {
+        for (int64_t key = 0; key < count; key += lanes) {
             const T* k = k_ + (first + key) * k_stride_;
-            const int64_t some = std::min<int64_t>(16, count - key);
+            const int64_t some = std::min(lanes, count - key);
             int64_t row = 0;
             for (; row + 4 <= count_; row += 4)
                 multiply<4>(k, some, row);
@@ -40,7 +43,7 @@ class FewQueriesAttention {
                 case 1: multiply<1>(k, some, row); break;
             }
             for (row = 0; row < count_; ++row)
-                _mm512_storeu_ps(scores_ + row * score_stride + key, reduced(products_[row], Sum()));
+                store_lanes(scores_ + row * score_stride + key, reduced(products_[row], Sum()));
         }
         return scores_;
     }
@@ -70,60 +73,69 @@ class FewQueriesAttention {
     const T *k_ = nullptr, *v_ = nullptr;
     int64_t k_stride_ = 0, v_stride_ = 0, count_ = 0;
     alignas(64) float q_[rows][padded_head];
-    alignas(64) float products_[rows][16][16]; // of a row and a key, to be summed up
+    alignas(64) float products_[rows][lanes][lanes]; // of a row and a key, to be summed up
     alignas(64) float scores_[rows * score_stride];
 
-    // R rows and up to 16 keys.
+    // Whether some elements from `d` on begin a line of the cache.
+    static bool begins_line(int64_t d) { return d * sizeof(T) % 64 == 0; }
+
+    // R rows and up to as many keys as lanes.
     template <int R>
     QFUSE_TARGET_VECTORS __attribute__((noinline)) void multiply(const T* k, int64_t count, int64_t row) {
         for (int64_t key = 0; key < count; ++key, k += k_stride_) {
-            __m512 sums[R];
+            Floats sums[R];
 #pragma GCC unroll 4
             for (int i = 0; i < R; ++i)
-                sums[i] = _mm512_setzero_ps();
+                sums[i] = Floats{};
 #pragma GCC unroll 16
-            for (int64_t d = 0; d < D; d += 16) {
-                if (d * sizeof(T) % 64 == 0) // the rows of 16 keys on: they may be far from each other
+            for (int64_t d = 0; d < D; d += lanes) {
+                if (begins_line(d)) // the rows of 16 keys on: they may be far from each other
                     _mm_prefetch(reinterpret_cast<const char*>(k + 16 * k_stride_ + d), _MM_HINT_T0);
-                const __m512 of_key = load_floats(k + d, first_lanes16(D - d));
+                const Floats of_key = load_first(k + d, D - d);
 #pragma GCC unroll 4
                 for (int i = 0; i < R; ++i)
-                    sums[i] = _mm512_fmadd_ps(of_key, _mm512_load_ps(q_[row + i] + d), sums[i]);
+                    sums[i] = multiply_add(of_key, load_lanes(q_[row + i] + d), sums[i]);
             }
 #pragma GCC unroll 4
             for (int i = 0; i < R; ++i)
-                _mm512_store_ps(products_[row + i][key], sums[i]);
+                store_lanes(products_[row + i][key], sums[i]);
         }
     }
 
-    // R rows and all columns, 64 at a time.
+    // R rows and all columns, some vectors at a time.
     template <int R>
     QFUSE_TARGET_VECTORS __attribute__((noinline)) void add_to(const T* v, int64_t count, int64_t row, float* sums) const {
-        for (int64_t d = 0; d < D; d += 64) {
-            __m512 acc[R][4];
+        constexpr int64_t columns = value_vectors * lanes;
+        for (int64_t d = 0; d < D; d += columns) {
+            const auto is_column = [d](int64_t behind) { return D % columns == 0 || d + behind < D; };
+            Floats acc[R][value_vectors];
 #pragma GCC unroll 4
             for (int i = 0; i < R; ++i)
-                for (int j = 0; j < 4; ++j)
-                    acc[i][j] = _mm512_setzero_ps();
+#pragma GCC unroll 4
+                for (int j = 0; j < value_vectors; ++j)
+                    acc[i][j] = Floats{};
             for (int64_t key = 0; key < count; ++key) {
 #pragma GCC unroll 4
-                for (int j = 0; j < 4; ++j) {
-                    if ((d + 16 * j) * sizeof(T) % 64 == 0 && d + 16 * j < D)
-                        _mm_prefetch(reinterpret_cast<const char*>(v + (key + 16) * v_stride_ + d + 16 * j), _MM_HINT_T0);
-                    const __m512 value = load_floats(v + key * v_stride_ + d + 16 * j, first_lanes16(D - d - 16 * j));
+                for (int64_t j = 0; j < value_vectors; ++j) {
+                    const int64_t at = d + j * lanes;
+                    if (!is_column(j * lanes))
+                        continue;
+                    if (begins_line(at))
+                        _mm_prefetch(reinterpret_cast<const char*>(v + (key + 16) * v_stride_ + at), _MM_HINT_T0);
+                    const Floats value = load_first(v + key * v_stride_ + at, D - at);
 #pragma GCC unroll 4
                     for (int i = 0; i < R; ++i)
-                        acc[i][j] = _mm512_fmadd_ps(
-                            value, _mm512_set1_ps(scores_[(row + i) * score_stride + key]), acc[i][j]);
+                        acc[i][j] = multiply_add(value, broadcast(scores_[(row + i) * score_stride + key]), acc[i][j]);
                 }
             }
 #pragma GCC unroll 4
             for (int i = 0; i < R; ++i)
-                for (int j = 0; j < 4; ++j) {
-                    const __mmask16 mask = first_lanes16(D - d - 16 * j);
-                    float* to = sums + (row + i) * padded_head + d + 16 * j;
-                    _mm512_mask_storeu_ps(to, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), acc[i][j]));
-                }
+#pragma GCC unroll 4
+                for (int64_t j = 0; j < value_vectors; ++j)
+                    if (is_column(j * lanes)) {
+                        float* to = sums + (row + i) * padded_head + d + j * lanes;
+                        store_lanes(to, load_lanes(to) + acc[i][j]);
+                    }
         }
     }
 };
