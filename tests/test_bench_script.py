@@ -71,7 +71,7 @@ def test_linear(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert load(tmp_path / "linear.json") == [run]
     monkeypatch.setattr("benchmarks.results.UNDISTURBED", 0)
     assert [table.row_count for table in linear_tables(run.cases)] == [len(names) + 3] * 4
-    plot(run.cases, run.summary, tmp_path / "linear.svg")
+    assert plot(run.cases, run.summary, tmp_path / "linear.svg")
     assert (tmp_path / "linear.svg").stat().st_size
 
 
@@ -120,15 +120,18 @@ def test_engines_are_chosen_by_a_part_of_their_names() -> None:
         chosen(names, ["int4"])
 
 
-def test_only_the_engines_that_were_asked_for_are_measured() -> None:
+def test_only_the_engines_that_were_asked_for_are_measured(tmp_path: Path) -> None:
     from benchmarks.linear import Settings, measure
     from benchmarks.linear_modules import Shape
+    from benchmarks.plot import plot
 
     settings = Settings(
         (Shape(8, 64, 48),), ("quantized",), decode=False, rounds=2, memory_bytes=1 << 20, engines=["cpp"]
     )
     (case,) = measure(settings)
     assert [engine.engine for engine in case.engines] == ["int8, qfuse cpp"]
+    assert not plot([case], "a machine", tmp_path / "linear.svg")  # there is no bf16 to compare with
+    assert not list(tmp_path.iterdir())
 
 
 def test_decode_continues_prefill() -> None:

@@ -52,8 +52,8 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     show(runs, cases, options.command, screen if screen.is_terminal else Console(width=WIDTH))
     with (options.out / f"{name}.txt").open("w") as file:
         show(runs, cases, options.command, Console(file=file, width=WIDTH))
-    plot(cases, runs[0].summary, options.out / f"{name}.svg")
-    print(f"written to {options.out}: {name}.json, {name}.txt, {name}.svg")
+    is_drawn = plot(cases, runs[0].summary, options.out / f"{name}.svg")
+    print(f"written to {options.out}: {name}.json, {name}.txt" + f", {name}.svg" * is_drawn)
     return failed
 
 

@@ -17,15 +17,16 @@ from benchmarks.results import BF16, Case, grouped
 from benchmarks.timing import ratio
 
 
-def plot(cases: Sequence[Case], subtitle: str, path: Path) -> None:
+def plot(cases: Sequence[Case], subtitle: str, path: Path) -> bool:
     """Draw one panel for each number of threads and mode, and write them as SVG.
 
-    The bars are medians of the rounds' ratios, the whiskers their quartiles. Cases without bf16 are left out.
+    The bars are medians of the rounds' ratios, the whiskers their quartiles. Cases without bf16 are left out; where
+    none is left, nothing is written, and the result is False.
     """
     drawn = [case for case in cases if case.ran(BF16)]
     panels = grouped(drawn)
     if not panels:
-        return
+        return False
     names = list(dict.fromkeys(e.engine for case in drawn for e in case.engines if e.seconds and e.engine != BF16))
     palette = mpl.colormaps["tab20"]  # twelve engines
     colours = {name: palette(i % 20) for i, name in enumerate(names)}
@@ -62,3 +63,4 @@ def plot(cases: Sequence[Case], subtitle: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     plt.close(figure)
+    return True
