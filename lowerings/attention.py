@@ -61,7 +61,7 @@ _PARALLEL_PRODUCTS = 1 << 17
 #: How many queries share a head of keys and values. Up to so many, they are few: then no key is packed.
 _MOST_FEW = 8
 _MOST_FEW_BESIDE_AMX = 4
-#: With fewer, packing takes longer than ATen's op.
+#: With fewer, packing takes longer than ATen's op; by AVX2, than where ATen is not slow, see `kernel_for`.
 _LEAST_FOR_AMX = 4
 _LEAST_FOR_AVX512 = 16
 _LEAST_FOR_AVX2 = 32
@@ -95,14 +95,16 @@ def kernel_for(q: torch.Tensor, k: torch.Tensor) -> Kernel | None:
         return fast if statically_known_true(queries >= _LEAST_IN_FLOAT32) else None
     is_shared = statically_known_true(k.shape[1] < q.shape[1])
     if not has_avx512:
-        # ATen reads keys again for each head that shares them, and multiplies float16 slowly
+        # ATen reads keys again for each head that shares them, multiplies float16 slowly, and a single row as well
         is_aten_slow = is_shared or q.dtype is torch.float16 or statically_known_true(queries == 1)
         if is_aten_slow and statically_known_true(queries <= _MOST_FEW):
             return _FEW_QUERIES_AVX2
-        return _AVX2 if is_aten_slow or not statically_known_true(queries < _LEAST_FOR_AVX2) else None
+        if not is_aten_slow and statically_known_true(queries < _LEAST_FOR_AVX2):
+            return None
+        return _AVX2  # also where nothing is known: most graphs with symbolic lengths are prefills
     may_use_amx = q.dtype is torch.bfloat16 and _has_amx()
     most_few = _MOST_FEW_BESIDE_AMX if may_use_amx else _MOST_FEW
-    if is_shared and statically_known_true(queries <= most_few):
+    if is_shared and statically_known_true(queries <= most_few):  # others were not timed by it on AVX-512
         return _FEW_QUERIES
     if statically_known_true(queries < (_LEAST_FOR_AMX if may_use_amx else _LEAST_FOR_AVX512)):
         return None

@@ -287,7 +287,7 @@ FEW = [
 
 class TestFewQueries:
     @pytest.fixture(autouse=True, params=[AVX512, AVX2])
-    def _instructions(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    def instructions(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
         has_avx512 = request.param == AVX512
         if not (lowering._has_avx512() if has_avx512 else torch.cpu.get_capabilities().get("avx2")):
             pytest.skip("this machine has not the instructions")
@@ -295,6 +295,7 @@ class TestFewQueries:
         monkeypatch.setattr(lowering, "_has_avx512", lambda: has_avx512)
         monkeypatch.setattr(lowering, "_has_avx2", lambda: not has_avx512)
         monkeypatch.setattr(lowering, "_reference", None)  # which would run if the kernel failed
+        return str(request.param)
 
     def _check(self, *args: Any) -> None:
         torch._dynamo.reset()
@@ -315,6 +316,30 @@ class TestFewQueries:
             self._check(q, k, v, torch.randn(rows, keys), False, -0.3)
             self._check(q, k, v, torch.rand(batch, 1, 1, keys).log().to(dtype), False, 0.2)
             self._check(q, k, v, torch.randn(1, count, rows, 1).to(dtype).expand(batch, -1, -1, keys), False, None)
+
+    @pytest.mark.parametrize(
+        ("dtype", "sizes"),
+        [
+            (torch.bfloat16, (2, 4, 4, 1, 300, 64)),
+            (torch.bfloat16, (1, 4, 4, 1, 40, 20)),
+            (torch.float16, (1, 2, 2, 8, 70, 80)),
+        ],
+        ids=str,
+    )
+    def test_heads_with_keys_of_their_own(self, instructions: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
+        if instructions == AVX512:
+            pytest.skip("ATen's op is chosen")
+        batch, count, shared, rows, keys, size = sizes
+        torch.manual_seed(0)
+        q = heads(batch, count, rows, size, dtype)
+        self._check(
+            q, heads(batch, shared, keys, size, dtype), heads(batch, shared, keys, size, dtype), None, rows > 1, None
+        )
+
+    def test_nothing_is_read_beyond_operands(self) -> None:
+        shapes = (1, 4, 2, 20), (1, 2, 35, 20), (1, 2, 35, 20)
+        q, k, v = (at_end_of_page(torch.randn(shape).bfloat16()) for shape in shapes)
+        self._check(q, k, v, at_end_of_page(torch.randn(2, 35)), False, None)
 
     def test_keys_that_are_masked(self) -> None:
         """All of them for one query, and all but the last ones for another: the least number, and none at all."""

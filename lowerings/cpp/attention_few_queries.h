@@ -5,7 +5,7 @@
 namespace qfuse {
 namespace {
 
-// Of values, for up to four rows: their sums are half of the registers.
+// Of a value, as many vectors at a time that their sums for four rows are half of the registers.
 constexpr int64_t value_vectors = lanes == 16 ? 4 : 2;
 
 // See `attention.h`.

@@ -22,7 +22,7 @@ class Avx2 {
     void operator()(const Rows& x, Panel& w, int32_t* block, Part& part, const Store& store) {
         store_all(part, store);
         start_sums(x.count, w, block);
-        const int64_t most = x.count == 1 ? max_rows * most_k : most_k;
+        const int64_t most = x.count == 1 ? max_rows * most_k : most_k; // as many as `rows_` holds
         for (int64_t k = 0; k < k_; k += most) {
             const int64_t length = std::min(most, k_ - k), pairs = (length + 63) / 64 * 32;
             const int8_t* const columns = w.data + panel_columns * k;
@@ -35,7 +35,7 @@ class Avx2 {
                 add_split(x.count, pairs, block);
             } else {
                 for (int64_t pair = 0; pair < pairs; pair += few_pairs)
-                    add(x.count, pair, columns + 128 * pair, std::min(few_pairs, pairs - pair), block);
+                    add(x.count, pair, columns + pair_bytes * pair, std::min(few_pairs, pairs - pair), block);
             }
         }
         part = {x.first, w.first, x.count, w.columns};
@@ -45,6 +45,7 @@ class Avx2 {
     static constexpr int64_t most_k = 512, most_pairs = most_k / 2; // of a panel that is split: 64 KiB in the second-level cache
     static constexpr int64_t unsplit_rows = 30; // up to so many, splitting the panel is not worth while
     static constexpr int64_t few_pairs = 64; // that those are multiplied by at once: 8 KiB of the panel
+    static constexpr int64_t pair_bytes = 2 * panel_columns; // of the panel
 
     int64_t k_;
     alignas(64) Pair rows_[max_rows * most_pairs]; // or one row, longer
@@ -142,25 +143,27 @@ class Avx2 {
         sums.store(out);
     }
 
-    // Add the products of one row, and of columns that are not split: of four parts of K in turn, because Zen 3 reads memory
-    // faster in four places than in one. Each place fetches ahead, in bytes, and at its end where it will begin in the next panel.
+    // Add the products of one row, and of columns that are not split: of four quarters of K in turn, because Zen 3 reads memory
+    // faster in four places than in one. Each place fetches so many bytes ahead, and at its end what it will read first in the
+    // next panel, which lies as far behind that quarter as the other three are long.
     QFUSE_TARGET_AVX2 __attribute__((noinline)) static void one_row(
         const Pair* row, const int8_t* columns, int64_t pairs, int32_t* out) {
         constexpr int64_t ahead = 8192;
-        const int64_t part = pairs / 64 * 16;
+        const int64_t quarter = pairs / 64 * 16;
         Sums<1, 8> sums(out);
-        for (int64_t p = 0; p < part; p += 16) {
-            const int64_t fetched = 128 * p + ahead < 128 * part ? ahead : ahead + 128 * (pairs - part);
+        for (int64_t p = 0; p < quarter; p += 16) {
+            const bool is_near_end = pair_bytes * (quarter - p) <= ahead;
+            const int64_t fetched = is_near_end ? ahead + pair_bytes * (pairs - quarter) : ahead;
             for (int64_t four = 0; four < 8; ++four)
 #pragma GCC unroll 4
                 for (int place = 0; place < 4; ++place) {
-                    const int64_t at = place * part + p;
-                    multiply(sums, row + at + four, columns + 128 * at + 256 * four, fetched);
+                    const int64_t at = place * quarter + p;
+                    multiply(sums, row + at + four, columns + pair_bytes * (at + 2 * four), fetched);
                 }
         }
-        for (int64_t p = 4 * part; p < pairs; p += 16)
+        for (int64_t p = 4 * quarter; p < pairs; p += 16)
             for (int64_t four = 0; four < 8; ++four)
-                multiply(sums, row + p + four, columns + 128 * p + 256 * four, ahead);
+                multiply(sums, row + p + four, columns + pair_bytes * (p + 2 * four), ahead);
         sums.store(out);
     }
 
@@ -184,8 +187,8 @@ class Avx2 {
         const Pair* rows, const int8_t* columns, int64_t pairs, int32_t* out) {
         Sums<ROWS, VECTORS> sums(out);
         for (const Pair* const end = rows + pairs; rows < end; rows += 16)
-            for (int64_t four = 0; four < 8; ++four, columns += 256)
-                multiply(sums, rows + four, columns, 128 * few_pairs);
+            for (int64_t four = 0; four < 8; ++four, columns += 2 * pair_bytes)
+                multiply(sums, rows + four, columns, pair_bytes * few_pairs);
         sums.store(out);
     }
 

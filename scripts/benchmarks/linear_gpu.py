@@ -56,7 +56,9 @@ def _measure(title: str, mode: str, subject: Subject, settings: Settings) -> Cas
     measured: list[Measured] = []
     calls: list[Callable[[], object]] = []
     makers = dict(_engines(subject))
-    for name in chosen(makers, settings.engines):
+    for name in chosen({**makers, INT_MM: None}, settings.engines):
+        if name not in makers:
+            continue
         engine = Measured(name)
         measured.append(engine)
         inputs = subject.bf16_inputs if name.startswith("bf16") else subject.int8_inputs

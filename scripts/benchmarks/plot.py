@@ -26,6 +26,7 @@ def plot(cases: Sequence[Case], subtitle: str, path: Path) -> bool:
     drawn = [case for case in cases if case.ran(BF16)]
     panels = grouped(drawn)
     if not panels:
+        path.unlink(missing_ok=True)  # it would be of other results
         return False
     names = list(dict.fromkeys(e.engine for case in drawn for e in case.engines if e.seconds and e.engine != BF16))
     palette = mpl.colormaps["tab20"]  # twelve engines
