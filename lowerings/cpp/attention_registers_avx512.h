@@ -1,6 +1,9 @@
 // What attention needs of registers, here those of AVX-512. `attention_registers_avx2.h` has the same for AVX2.
-#ifndef QFUSE_ATTENTION_REGISTERS
-#define QFUSE_ATTENTION_REGISTERS
+#ifdef QFUSE_ATTENTION_REGISTERS_AVX2
+#error "a program has one of both headers: their names are the same"
+#endif
+#ifndef QFUSE_ATTENTION_REGISTERS_AVX512
+#define QFUSE_ATTENTION_REGISTERS_AVX512
 #define QFUSE_TARGET_VECTORS __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma")))
 #define QFUSE_INLINE_VECTORS QFUSE_TARGET_VECTORS __attribute__((always_inline)) static inline
 namespace qfuse {
