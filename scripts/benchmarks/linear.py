@@ -123,10 +123,10 @@ def _measure(
 
     qfuse_engines = {f"int8, qfuse {name}": name for name in lowering_names()}
     wanted = chosen([*qfuse_engines, STOCK, BF16], settings.engines)
-    default = compile_model(subject.int8, subject.int8_inputs, fuse=True)
-    for engine, name in qfuse_engines.items():
-        if engine not in wanted:
-            continue
+    wanted_of_qfuse = {engine: name for engine, name in qfuse_engines.items() if engine in wanted}
+    if wanted_of_qfuse:
+        default = compile_model(subject.int8, subject.int8_inputs, fuse=True)
+    for engine, name in wanted_of_qfuse.items():
         compiled = default
         if default.lowerings != (name,):
             compiled = compile_model(subject.int8, subject.int8_inputs, fuse=True, only_lowering=name)
