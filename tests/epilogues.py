@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import hypothesis.strategies as st
 import torch
 from producers import quantized
-from support import error, trace, unfused_and_in_float64
+from support import error, trace
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -191,7 +191,7 @@ def check(recipes: list[Recipe], *, all_fuse: bool) -> None:
     with torch.no_grad():
         model, inputs = Batch(recipes), example_inputs()
         traced = trace(model, *inputs)
-        plain, exact = unfused_and_in_float64(model, *inputs)
+        plain, exact = traced.unfused_and_in_float64()
     if all_fuse:
         assert not traced.report.misses, traced.report
         assert traced.outputs == ["qfuse.int8_linear.default"] * len(recipes), traced.outputs

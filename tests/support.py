@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import mmap
 import os
+import re
 import subprocess
 import sys
 import textwrap
 import unittest.mock
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch._guards import TracingContext
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.freezing import replace_params_with_constants
+from torch._inductor.utils import run_and_get_code
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
 import qfuse
@@ -32,22 +37,37 @@ Model = Callable[..., Any]
 
 @dataclass
 class Traced:
-    """A model traced through Inductor's passes and run without code generation."""
+    """A model traced through Inductor's passes and run without code generation.
+
+    run_unfused: runs the graphs as they were before qfuse, by an interpreter.
+    """
 
     result: Any
     report: qfuse.Report
     before: list[str]
     after: list[str]
     outputs: list[str]
+    run_unfused: Callable[[type[Interpreter]], Any]
+
+    def unfused_and_in_float64(self) -> tuple[Any, Any]:
+        """Return what the function of this name does, without tracing again, which takes longer than all else."""
+        return self.run_unfused(Interpreter), self.run_unfused(_Float64)
+
+    def assert_no_worse(self) -> None:
+        """Check the promise, as the function of this name does."""
+        _assert_no_worse(self.result, *self.unfused_and_in_float64())
 
 
-def _boxed(run: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
-    run._boxed_call = True  # type: ignore[attr-defined]
-    return run
+def _boxed(run: Callable[..., Any]) -> Callable[[list[Any]], Any]:
+    def boxed(args: list[Any]) -> Any:
+        return run(*args)
+
+    boxed._boxed_call = True  # type: ignore[attr-defined]
+    return boxed
 
 
-def _compiled(model: Model, run: Callable[[GraphModule, list[Any]], Any], **kwargs: Any) -> Model:
-    """Return `model` compiled by Inductor up to its joint-graph passes, with `run` in place of the generated code."""
+def _compiled(model: Model, load: Callable[[GraphModule], Callable[..., Any]], **kwargs: Any) -> Model:
+    """Return `model` compiled by Inductor up to its joint-graph passes; `load` takes the place of code generation."""
 
     def backend(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         with torch._functorch.config.patch(enable_autograd_cache=False):
@@ -55,7 +75,7 @@ def _compiled(model: Model, run: Callable[[GraphModule, list[Any]], Any], **kwar
                 gm,
                 example_inputs,
                 mode=None,
-                inner_compile=lambda gm, inputs, **_: _boxed(lambda args: run(gm, args)),
+                inner_compile=lambda gm, inputs, **_: _boxed(load(gm)),
                 **kwargs,
             )
 
@@ -92,7 +112,9 @@ def _interpreted(model: Model, args: tuple[Any, ...], *interpreters: type[Interp
         return compiled(*args)
 
     with qfuse.config.patch(enabled=False):
-        compiled = _compiled(model, lambda gm, a: interpreter(gm).run(*a), graph_pass=None, options={"freezing": False})
+        compiled = _compiled(
+            model, lambda gm: lambda *a: interpreter(gm).run(*a), graph_pass=None, options={"freezing": False}
+        )
         return [result_of(each) for each in interpreters]
 
 
@@ -157,10 +179,32 @@ class _Snapshot(CustomGraphPass):
         return self
 
 
+class _Copy(_Snapshot):
+    """Keeps a copy of the last graph as well."""
+
+    graph: GraphModule
+
+    def __call__(self, graph: Graph) -> None:
+        super().__call__(graph)
+        self.graph = _copy_with_constants(graph)
+
+
+def _copy_with_constants(graph: Graph) -> GraphModule:
+    """Return a copy of a joint graph, with constants for the same parameters as freezing has them for."""
+    copied = Graph()
+    copied.output(copied.graph_copy(graph, {}))
+    module = GraphModule(graph.owning_module, copied)
+    context = TracingContext.try_get()  # there is none where it is compiled ahead of time
+    if inductor_config.freezing and context and context.fw_metadata and context.params_flat_unwrap_subclasses:
+        metadata = copy.copy(context.fw_metadata)  # which is written to
+        replace_params_with_constants(module, context.params_flat_unwrap_subclasses, metadata)
+    return module
+
+
 @contextlib.contextmanager
-def snapshots() -> Iterator[tuple[_Snapshot, _Snapshot]]:
+def snapshots() -> Iterator[tuple[_Copy, _Snapshot]]:
     """Note the operators before and after qfuse."""
-    before, after = _Snapshot(), _Snapshot()
+    before, after = _Copy(), _Snapshot()
     others = tuple(p for p in installed_passes() if p is not FUSION_PASS)
     with inductor_config.patch(joint_custom_post_pass=(*others, before, FUSION_PASS, after)):
         yield before, after
@@ -168,9 +212,21 @@ def snapshots() -> Iterator[tuple[_Snapshot, _Snapshot]]:
 
 def trace(model: Model, *args: Any) -> Traced:
     """Run `model` fused, its canonical ops by their reference implementation, without a compile."""
+    interpreter: type[Interpreter] | None = None
+
+    def load(fused: GraphModule) -> Callable[..., Any]:
+        unfused = before.graph
+        return lambda *a: fused(*a) if interpreter is None else interpreter(unfused).run(*a)
+
+    def run_unfused(by: type[Interpreter]) -> Any:
+        nonlocal interpreter
+        interpreter = by
+        return compiled(*args)
+
     with recording() as (matches, misses), snapshots() as (before, after):
-        result = _compiled(model, lambda gm, a: gm(*a), graph_pass=FUSION_PASS, options=None)(*args)
-    return Traced(result, qfuse.Report(matches, misses), before.ops, after.ops, after.outputs)
+        compiled = _compiled(model, load, graph_pass=FUSION_PASS, options=None)
+        result = compiled(*args)
+    return Traced(result, qfuse.Report(matches, misses), before.ops, after.ops, after.outputs, run_unfused)
 
 
 def compile_and_run(model: Model, *args: Any, **kwargs: Any) -> tuple[Any, qfuse.Report]:
@@ -179,6 +235,31 @@ def compile_and_run(model: Model, *args: Any, **kwargs: Any) -> tuple[Any, qfuse
     with recording() as (matches, misses):
         result = torch.compile(model, **kwargs)(*args)
     return result, qfuse.Report(matches, misses)
+
+
+def one_translation_unit() -> contextlib.AbstractContextManager[None]:
+    """Have Inductor write all kernels of a graph into one file, which takes GCC a third of the time."""
+    return cast(contextlib.AbstractContextManager[None], inductor_config.patch(cpp_wrapper=True))
+
+
+def compile_together(models: Sequence[Model], inputs: Sequence[Sequence[Any]], **kwargs: Any) -> tuple[list[Any], str]:
+    """Run each model with its inputs, all compiled as one graph; return the results and the code."""
+    torch._dynamo.reset()
+
+    @with_fresh_code
+    def together(*inputs: Sequence[Any]) -> list[Any]:
+        return [model(*args) for model, args in zip(models, inputs, strict=True)]
+
+    with one_translation_unit(), inductor_config.patch(fx_graph_cache=False):
+        results, (*_, code) = run_and_get_code(torch.compile(together, **kwargs), *inputs)
+    return results, code
+
+
+def calls_of_kernels(text: str, code: str) -> int:
+    """Return how often kernels with `text` in them are called in `compile_together`'s code, which has equals once."""
+    kernels = re.findall(r"void\s+(cpp_fused\w+)\(((?:(?!\nextern \"C\").)*)", code, re.DOTALL)
+    names = {name for name, body in kernels if text in body}
+    return sum(len(re.findall(rf"^ +{name}\(", code, re.MULTILINE)) for name in names)
 
 
 def error(result: Any, exact: Any) -> float:
@@ -199,7 +280,10 @@ def assert_no_worse(result: Any, model: Model, *args: Any) -> None:
 
     In float32 both are a few ulp, and which of two orders of multiplication is luckier is chance: 2 ulp are granted.
     """
-    plain, exact = unfused_and_in_float64(model, *args)
+    _assert_no_worse(result, *unfused_and_in_float64(model, *args))
+
+
+def _assert_no_worse(result: Any, plain: Any, exact: Any) -> None:
     assert error(plain, exact) < 0.1  # not inf, or anything would do
     dtypes = [
         (r.dtype, p.dtype)

@@ -12,7 +12,7 @@ import torch
 from attentions import Block, check, compiled, heads, int8, interleaved, plain, run, tokens
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import at_end_of_page, run_python
+from support import at_end_of_page, compile_together, run_python
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
@@ -73,9 +73,20 @@ def test_elements_that_lie_apart() -> None:
     check(result, q, k, v, None, False, None)
 
 
+def _check_together(cases: list[tuple[Any, ...]], kernel: str, subtests: pytest.Subtests, *, dynamic: bool) -> None:
+    """Check the operator with each case's arguments, all compiled together, each into a kernel."""
+    for case in cases:
+        for tensor in case[:3]:
+            torch._dynamo.mark_static(tensor, 3)
+    results, code = compile_together([torch.ops.qfuse.attention] * len(cases), cases, dynamic=dynamic)
+    assert code.count(kernel) == len(cases)
+    for result, (q, k, v, mask, *options) in zip(results, cases, strict=True):
+        with subtests.test(q=q.shape, k=k.shape, mask=None if mask is None else mask.shape, options=options):
+            check(result, q, k, v, mask, *options)
+
+
 @pytest.mark.usefixtures("kernel")
 class TestKernel:
-    @pytest.mark.parametrize("sizes", SIZES, ids=str)
     @pytest.mark.parametrize(
         ("kernel", "dtype"),
         [
@@ -91,27 +102,27 @@ class TestKernel:
         ids=str,
         indirect=["kernel"],
     )
-    def test_numbers(self, kernel: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
-        batch, count, shared, rows, keys, size = sizes
-        if dtype is torch.float32:
-            rows = max(rows, 70)  # it would not be chosen for fewer
+    def test_numbers(self, kernel: str, dtype: torch.dtype, subtests: pytest.Subtests) -> None:
         torch.manual_seed(0)
-        q = heads(batch, count, rows, size, dtype)
-        k, v = heads(batch, shared, keys, size, dtype), heads(batch, shared, keys, size, dtype)
-        of_columns = torch.rand(batch, 1, 1, keys).log().to(dtype)
-        of_rows = torch.randn(1, count, rows, 1).to(dtype)
-        # a negative scale only where all keys are seen: ATen multiplies −∞ by it
-        cases = [
-            (None, True, None),
-            (torch.randn(rows, keys), False, -0.3),
-            (of_columns, False, 0.2),
-            (torch.randn(keys, rows).t(), True, None),
-            (of_rows, False, None),
-        ]
         is_narrow = kernel in (AVX512, AVX2) and dtype is not torch.float32  # of a kernel that has all cases in float32
-        some = cases[:2] if size != 64 else cases[2:3] if is_narrow else cases
-        for mask, is_causal, scale in some:
-            check(run(q, k, v, mask, is_causal, scale), q, k, v, mask, is_causal, scale)
+        cases: list[tuple[Any, ...]] = []
+        for batch, count, shared, queries, keys, size in SIZES:
+            rows = max(queries, 70) if dtype is torch.float32 else queries  # it would not be chosen for fewer
+            q = heads(batch, count, rows, size, dtype)
+            k, v = heads(batch, shared, keys, size, dtype), heads(batch, shared, keys, size, dtype)
+            of_columns = torch.rand(batch, 1, 1, keys).log().to(dtype)
+            of_rows = torch.randn(1, count, rows, 1).to(dtype)
+            # a negative scale only where all keys are seen: ATen multiplies −∞ by it
+            masks = [
+                (None, True, None),
+                (torch.randn(rows, keys), False, -0.3),
+                (of_columns, False, 0.2),
+                (torch.randn(keys, rows).t(), True, None),
+                (of_rows, False, None),
+            ]
+            some = masks[:2] if size != 64 else masks[2:3] if is_narrow else masks
+            cases += [(q, k, v, *mask) for mask in some]
+        _check_together(cases, "qfuse::attend<qfuse::", subtests, dynamic=True)
 
     def test_many_keys(self, kernel: str) -> None:
         """Sums of values that do not cancel out: of all keys, they are as exact as ATen's."""
@@ -304,18 +315,23 @@ class TestFewQueries:
         assert "qfuse::attend<qfuse::FewQueriesAttention<" in code
         check(result, *args)
 
-    @pytest.mark.parametrize("sizes", FEW, ids=str)
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-    def test_numbers(self, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
-        batch, count, shared, rows, keys, size = sizes
+    def test_numbers(self, dtype: torch.dtype, subtests: pytest.Subtests) -> None:
         torch.manual_seed(0)
-        q = heads(batch, count, rows, size, dtype)
-        k, v = heads(batch, shared, keys, size, dtype), heads(batch, shared, keys, size, dtype)
-        self._check(q, k, v, None, rows > 1, None)
-        if size == 64:
-            self._check(q, k, v, torch.randn(rows, keys), False, -0.3)
-            self._check(q, k, v, torch.rand(batch, 1, 1, keys).log().to(dtype), False, 0.2)
-            self._check(q, k, v, torch.randn(1, count, rows, 1).to(dtype).expand(batch, -1, -1, keys), False, None)
+        cases: list[tuple[Any, ...]] = []
+        for batch, count, shared, rows, keys, size in FEW:
+            q = heads(batch, count, rows, size, dtype)
+            k, v = heads(batch, shared, keys, size, dtype), heads(batch, shared, keys, size, dtype)
+            cases.append((q, k, v, None, rows > 1, None))
+            if size == 64:
+                of_columns = torch.rand(batch, 1, 1, keys).log().to(dtype)
+                of_rows = torch.randn(1, count, rows, 1).to(dtype).expand(batch, -1, -1, keys)
+                cases += [
+                    (q, k, v, torch.randn(rows, keys), False, -0.3),
+                    (q, k, v, of_columns, False, 0.2),
+                    (q, k, v, of_rows, False, None),
+                ]
+        _check_together(cases, "qfuse::attend<qfuse::FewQueriesAttention<", subtests, dynamic=False)
 
     @pytest.mark.parametrize(
         ("dtype", "sizes"),

@@ -9,8 +9,18 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 from producers import ROWS, T2, T7, T8, Row, Written
-from support import assert_no_worse, compile_and_run, error, in_float64, trace, without_amx
+from support import (
+    assert_no_worse,
+    calls_of_kernels,
+    compile_and_run,
+    compile_together,
+    error,
+    in_float64,
+    trace,
+    without_amx,
+)
 from torch import Tensor, nn
+from torch._inductor import config as inductor_config
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -26,20 +36,20 @@ def test_fuses(row: Row, dtype: torch.dtype, rows: tuple[int, ...], bias: bool) 
     assert [m.pattern for m in traced.report.matches] == [row.pattern]
     assert not traced.report.misses
     assert "aten._int_mm.default" not in traced.after
-    assert_no_worse(traced.result, model, *inputs)
+    traced.assert_no_worse()
 
 
-@pytest.mark.parametrize("row", ROWS, ids=str)
-def test_compiles_to_one_kernel(row: Row) -> None:
-    model = row.make(48, 64, torch.bfloat16, True)
-    inputs = model.inputs(2, 5)
+def test_compiles_to_one_kernel(subtests: pytest.Subtests) -> None:
+    models = [row.make(48, 64, torch.bfloat16, True) for row in ROWS]
+    inputs = [model.inputs(2, 5) for model in models]
     # without it Inductor keeps the bf16 scale in float32, and quantizes otherwise than the eager graph
-    options = {"emulate_precision_casts": True}
-    with fresh_cache():
-        result, (*_, code) = run_and_get_code(torch.compile(model, options=options), *inputs)
-    assert code.count("Microkernel microkernel(K, ") == 1
-    assert "extern_kernels." not in code
-    assert_no_worse(result, model, *inputs)
+    with inductor_config.patch(emulate_precision_casts=True):
+        results, code = compile_together(models, inputs)
+    assert calls_of_kernels("Microkernel microkernel(K, ", code) == len(ROWS)
+    assert "aoti_torch_cpu" not in code
+    for row, result, model, args in zip(ROWS, results, models, inputs, strict=True):
+        with subtests.test(row=str(row)):
+            assert_no_worse(result, model, *args)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
@@ -53,7 +63,7 @@ def test_symbolic_rows(row: Row) -> None:
     (match,) = traced.report.matches
     assert match.shape.endswith("×64×48")
     assert not match.shape.startswith("10×")
-    assert_no_worse(traced.result, model, *inputs)
+    traced.assert_no_worse()
 
 
 @pytest.mark.parametrize("row", [r for r in ROWS if r.name in ("T7-torchao", "P1/P2")], ids=str)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hostile import Hostile, accumulator
 from producers import Written
-from support import assert_no_worse, compile_and_run, error, trace
+from support import assert_no_worse, calls_of_kernels, compile_and_run, compile_together, error, trace
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -160,9 +160,17 @@ def test_fuses_as_far_as_it_is_right(name: str) -> None:
     behind = traced.after[traced.after.index("qfuse.int8_linear.default") + 1 :]
     # what only prepares an operand of the rest is no epilogue
     assert [op.split(".", 1)[1] for op in behind if op.split(".")[1] != "slice"] == left
-    assert_no_worse(traced.result, model, *inputs)
-    result, _ = compile_and_run(model, *inputs)
-    assert_no_worse(result, model, *inputs)
+    traced.assert_no_worse()
+
+
+def test_what_fuses_in_part_compiles(subtests: pytest.Subtests) -> None:
+    models = [Hostile(forward) for forward, _ in PARTIAL.values()]
+    inputs = [model.inputs(7) for model in models]
+    results, code = compile_together(models, inputs)
+    assert calls_of_kernels("Microkernel microkernel(K, ", code) == len(PARTIAL)
+    for name, result, model, args in zip(PARTIAL, results, models, inputs, strict=True):
+        with subtests.test(name):
+            assert_no_worse(result, model, *args)
 
 
 # --- float matmuls that look emulated --------------------------------------------------------------------------------
@@ -226,7 +234,7 @@ def test_symbolic_numbers(name: str) -> None:
     traced = trace(model, *inputs)
     assert len(traced.report.matches) == (name == "scaled"), traced.report
     assert not any("internal error" in miss.reason for miss in traced.report.misses), traced.report
-    assert_no_worse(traced.result, model, *inputs)
+    traced.assert_no_worse()
 
 
 @pytest.mark.parametrize("name", EMULATED_NEGATIVES)
@@ -237,7 +245,7 @@ def test_emulated_declines(name: str) -> None:
     traced = trace(model, *inputs)
     assert not traced.report.matches
     assert [reason in miss.reason for miss in traced.report.misses] == [True], traced.report.misses
-    assert_no_worse(traced.result, model, *inputs)
+    traced.assert_no_worse()
 
 
 def test_weight_scale_of_each_element_of_k_is_an_ordinary_matmul() -> None:
@@ -272,7 +280,7 @@ def test_emulated_matmul_of_one_column() -> None:
     inputs = model.inputs(7)
     traced = trace(model, *inputs)
     assert [m.pattern for m in traced.report.matches] == ["int8.dynamic_per_token"], traced.report
-    assert_no_worse(traced.result, model, *inputs)
+    traced.assert_no_worse()
 
 
 def test_int_scaled_matmul() -> None:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import cast
 
 import pytest
 import torch
 from producers import quantized
-from support import linear_problem, run_python
+from support import linear_problem, one_translation_unit, run_python
 from torch import Tensor, nn
-from torch._inductor import config as inductor_config
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
 import qfuse
@@ -114,9 +112,9 @@ def _assert_equal_up_to_order(result: Tensor, reference: Tensor) -> None:
 
 
 def compiled_together(lowering: str) -> AbstractContextManager[None]:
-    """Let GCC compile all kernels of a graph at once, in a third of the time: called from C++, where they can be."""
+    """Make one translation unit of all kernels of a graph, where they can be called from C++."""
     is_called_from_cpp = by_name(lowering).supports(linear_problem(called_from_python=False)) is None
-    return cast(AbstractContextManager[None], inductor_config.patch(cpp_wrapper=is_called_from_cpp))
+    return one_translation_unit() if is_called_from_cpp else nullcontext()
 
 
 @pytest.mark.parametrize("lowering", LOWERINGS)

@@ -17,7 +17,7 @@ from norms import (
     KERNEL,
     NORMS,
     Normed,
-    assert_no_worse,
+    assert_result_is_no_worse,
     code_and_result,
     error,
     layer_norm,
@@ -25,7 +25,7 @@ from norms import (
     plain,
     rms_norm,
 )
-from support import Model, snapshots, trace
+from support import Model, calls_of_kernels, compile_together, snapshots, trace
 from torch import Tensor, nn
 from torch._inductor import config as inductor_config
 from torch._inductor.utils import run_and_get_code
@@ -45,10 +45,16 @@ def _merged(model: Model, *args: Any) -> int:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("norm", NORMS, ids=lambda f: f.__name__)
-def test_merged(norm: Callable[..., Tensor], dtype: torch.dtype) -> None:
-    model, x = Normed(norm, is_used=True), (torch.randn(6, 40, 67) * 3 + 1).to(dtype)
-    assert_no_worse(model, x)
+def test_merged(dtype: torch.dtype, subtests: pytest.Subtests) -> None:
+    models = [Normed(norm, is_used=True) for norm in NORMS]
+    inputs = [((torch.randn(6, 40, 67) * 3 + 1).to(dtype),) for _ in NORMS]
+    results, code = compile_together(models, inputs)
+    with qfuse.config.patch(fuse_norms=False):
+        others, other_code = compile_together(models, inputs)
+    assert (calls_of_kernels(KERNEL, code), calls_of_kernels(KERNEL, other_code)) == (len(NORMS), 0)
+    for model, (x,), result, other in zip(models, inputs, results, others, strict=True):
+        with subtests.test(norm=model.norm.__name__):
+            assert_result_is_no_worse(result, other, model, x)
 
 
 class TestGraphs(expecttest.TestCase):

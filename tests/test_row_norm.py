@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from norms import DTYPES, KERNEL, Normed, assert_no_worse, code_and_result, error, plain
+from support import compile_together
 from torch import Tensor, nn
 from torch._inductor import config as inductor_config
 from torch._inductor.lowering import fallback_handler
@@ -69,7 +70,7 @@ def test_kernel(of_x: torch.dtype, of_row: torch.dtype) -> None:
         Kernel(k, *columns[(first + 5 * i) % 16], of_row, is_centered=(first + i) % 2 == 0) for i, k in enumerate(sizes)
     ]
     xs = [(torch.randn(19, k) * 2 + 1).to(of_x) for k in sizes]
-    code, results = code_and_result(lambda *xs: [model(x) for model, x in zip(models, xs, strict=True)], *xs)
+    results, code = compile_together(models, [(x,) for x in xs])
     assert code.count(KERNEL) == len(sizes)
     for model, x, outputs in zip(models, xs, results, strict=True):
         _check(model, x, outputs)
@@ -149,14 +150,16 @@ def test_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     _check(model, x, outputs)
 
 
-@inductor_config.patch(fx_graph_cache=False)
 def test_without_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
     portable = quantize_rows._TEMPLATE.replace("#define QFUSE_ROWS_AVX512", "")
     assert portable != quantize_rows._TEMPLATE
     monkeypatch.setattr(quantize_rows, "_TEMPLATE", portable)
-    for dtype, is_centered in itertools.product(DTYPES, (True, False)):
-        model, x = Kernel(67, dtype, torch.float32, dtype, is_centered), torch.randn(19, 67).to(dtype)
-        _check(model, x, code_and_result(model, x)[1])
+    classes = [*itertools.product(DTYPES, (True, False))]
+    models = [Kernel(67, dtype, torch.float32, dtype, is_centered) for dtype, is_centered in classes]
+    xs = [torch.randn(19, 67).to(dtype) for dtype, _ in classes]
+    results, _ = compile_together(models, [(x,) for x in xs])
+    for model, x, outputs in zip(models, xs, results, strict=True):
+        _check(model, x, outputs)
 
 
 @inductor_config.patch(fx_graph_cache=False)
