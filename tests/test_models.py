@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import trace, unfused
+from support import one_translation_unit, trace, unfused
 from torch import Tensor, nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 from torchao.quantization.quant_primitives import MappingType
@@ -106,7 +106,7 @@ def test_every_linear_fuses(make: Callable[[int], nn.Module], linears: int, dtyp
     assert sum(isinstance(m, nn.Linear) for m in model.modules()) == linears
     quantize_(model, Int8DynamicActivationInt8WeightConfig())
     ids = torch.randint(256, (2, 9))
-    with recording() as (matches, misses):
+    with recording() as (matches, misses), one_translation_unit():
         result = torch.compile(model, options={"emulate_precision_casts": True})(ids)
     report = qfuse.Report(matches, misses)
     assert (len(report.matches), len(report.misses)) == (linears, 0), report
