@@ -256,7 +256,10 @@ def compile_together(models: Sequence[Model], inputs: Sequence[Sequence[Any]], *
 
 
 def calls_of_kernels(text: str, code: str) -> int:
-    """Return how often kernels with `text` in them are called in `compile_together`'s code, which has equals once."""
+    """Return how often kernels with `text` in them are called in `compile_together`'s code.
+
+    Of kernels that are alike, the code has one.
+    """
     kernels = re.findall(r"void\s+(cpp_fused\w+)\(((?:(?!\nextern \"C\").)*)", code, re.DOTALL)
     names = {name for name, body in kernels if text in body}
     return sum(len(re.findall(rf"^ +{name}\(", code, re.MULTILINE)) for name in names)
