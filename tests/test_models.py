@@ -31,39 +31,40 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 import qfuse
 from qfuse.records import recording
 
-#: A layer: q, k, v, o, gate, up, down; and lm_head.
+#: Two layers: 2 · (q, k, v, o, gate, up, down) + lm_head = 15 linears.
 DECODER = {
     "vocab_size": 256,
     "hidden_size": 64,
     "intermediate_size": 160,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "use_cache": False,
 }
 
 
-def llama(layers: int) -> nn.Module:
-    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **DECODER))
+def llama() -> nn.Module:
+    return LlamaForCausalLM(LlamaConfig(**DECODER))
 
 
-def bert(layers: int) -> nn.Module:
-    """A layer: q, k, v, o, in, out; and the pooler."""
+def bert() -> nn.Module:
+    """Two layers: 2 · (q, k, v, o, in, out) + pooler = 13 linears."""
     config = BertConfig(
-        vocab_size=256, hidden_size=64, intermediate_size=160, num_hidden_layers=layers, num_attention_heads=4
+        vocab_size=256, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4
     )
     return BertModel(config)
 
 
-def qwen2(layers: int) -> nn.Module:
-    return Qwen2ForCausalLM(Qwen2Config(num_hidden_layers=layers, **DECODER))
+def qwen2() -> nn.Module:
+    return Qwen2ForCausalLM(Qwen2Config(**DECODER))
 
 
-def vit(layers: int) -> nn.Module:
+def vit() -> nn.Module:
     return ViTModel(
         ViTConfig(
             hidden_size=64,
             intermediate_size=160,
-            num_hidden_layers=layers,
+            num_hidden_layers=2,
             num_attention_heads=4,
             image_size=32,
             patch_size=8,
@@ -71,14 +72,14 @@ def vit(layers: int) -> nn.Module:
     )
 
 
-def t5(layers: int) -> nn.Module:
-    return T5EncoderModel(T5Config(vocab_size=256, d_model=64, d_kv=16, d_ff=160, num_layers=layers, num_heads=4))
+def t5() -> nn.Module:
+    return T5EncoderModel(T5Config(vocab_size=256, d_model=64, d_kv=16, d_ff=160, num_layers=2, num_heads=4))
 
 
-def whisper(layers: int) -> nn.Module:
+def whisper() -> nn.Module:
     config = WhisperConfig(
         d_model=64,
-        encoder_layers=layers,
+        encoder_layers=2,
         encoder_attention_heads=4,
         encoder_ffn_dim=160,
         num_mel_bins=16,
@@ -100,8 +101,8 @@ class Outputs(nn.Module):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("make", "linears"), [(llama, 15), (bert, 13)], ids=["llama", "bert"])
-def test_every_linear_fuses(make: Callable[[int], nn.Module], linears: int, dtype: torch.dtype) -> None:
-    model = Outputs(make(2)).eval().to(dtype)
+def test_every_linear_fuses(make: Callable[[], nn.Module], linears: int, dtype: torch.dtype) -> None:
+    model = Outputs(make()).eval().to(dtype)
     reference = copy.deepcopy(model).float()
     assert sum(isinstance(m, nn.Linear) for m in model.modules()) == linears
     quantize_(model, Int8DynamicActivationInt8WeightConfig())
@@ -127,7 +128,7 @@ def distance(result: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> float:
 
 
 #: Each model with what it is called with; how many linears it has is counted.
-MODELS: dict[str, tuple[Callable[[int], nn.Module], Callable[[torch.dtype], Tensor]]] = {
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[torch.dtype], Tensor]]] = {
     "llama": (llama, lambda dtype: torch.randint(256, (2, 9))),
     "qwen2": (qwen2, lambda dtype: torch.randint(256, (2, 9))),
     "bert": (bert, lambda dtype: torch.randint(256, (2, 9))),
@@ -141,9 +142,8 @@ MODELS: dict[str, tuple[Callable[[int], nn.Module], Callable[[torch.dtype], Tens
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_every_linear_of_every_architecture_matches(name: str, dtype: torch.dtype, mapping: MappingType) -> None:
-    """In one layer: tracing takes its time, and two layers are traced above."""
     make, example = MODELS[name]
-    model = Outputs(make(1)).eval().to(dtype)
+    model = Outputs(make()).eval().to(dtype)
     quantize_(model, Int8DynamicActivationInt8WeightConfig(act_mapping_type=mapping))
     linears = {name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     traced = trace(model, example(dtype))
@@ -155,7 +155,7 @@ def test_every_linear_of_every_architecture_matches(name: str, dtype: torch.dtyp
 
 def test_transformers_own_quantization(tmp_path: Path) -> None:
     """`from_pretrained(quantization_config=TorchAoConfig(...))`."""
-    llama(2).save_pretrained(tmp_path)
+    llama().save_pretrained(tmp_path)
     config = TorchAoConfig(Int8DynamicActivationInt8WeightConfig())
     model = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=torch.bfloat16)
     traced = trace(Outputs(model.eval()), torch.randint(256, (2, 9)))
