@@ -76,9 +76,14 @@ def run(
 ) -> Tensor:
     """Run the compiled kernel, with symbolic sizes."""
     torch._dynamo.reset()
-    for tensor in (q, k, v):
-        torch._dynamo.mark_static(tensor, 3)
+    keep_head_size(q, k, v)
     return compiled(q, k, v, mask, is_causal, scale)
+
+
+def keep_head_size(*tensors: Tensor) -> None:
+    """Have Dynamo take the size of a head for a constant, as in models, where all else is symbolic."""
+    for tensor in tensors:
+        torch._dynamo.mark_static(tensor, 3)
 
 
 @torch.compile(dynamic=True)

@@ -101,7 +101,7 @@ def assert_no_worse(model: Normed, x: Tensor) -> None:
 
 
 def assert_result_is_no_worse(result: tuple[Tensor, ...], other: tuple[Tensor, ...], model: Normed, x: Tensor) -> None:
-    """Do so with results that are there."""
+    """Compare results that are there already, as `assert_no_worse` does."""
     v = model.norm(x.double(), *(t.to(x.dtype).double() for t in (model.weight, model.bias)))
     exact = v @ (model.w.double() * model.ws[:, None].double()).t(), v
     for got, beside, want in zip(result, other, exact, strict=True):

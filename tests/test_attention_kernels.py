@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from attentions import Block, check, compiled, heads, int8, interleaved, plain, run, tokens
+from attentions import Block, check, compiled, heads, int8, interleaved, keep_head_size, plain, run, tokens
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import at_end_of_page, calls_of_kernels, compile_together, run_python
@@ -76,8 +76,7 @@ def test_elements_that_lie_apart() -> None:
 def _check_together(cases: list[tuple[Any, ...]], kernel: str, subtests: pytest.Subtests, *, dynamic: bool) -> None:
     """Check the operator with each case's arguments, all compiled together, each into a kernel."""
     for case in cases:
-        for tensor in case[:3]:
-            torch._dynamo.mark_static(tensor, 3)
+        keep_head_size(*case[:3])
     results, code = compile_together([torch.ops.qfuse.attention] * len(cases), cases, dynamic=dynamic)
     assert calls_of_kernels(kernel, code) == len(cases)
     for result, (q, k, v, mask, *options) in zip(results, cases, strict=True):
@@ -237,8 +236,7 @@ class TestKernel:
             heads(batch, shared, keys, 32),
             heads(batch, shared, keys, 32),
         )
-        for tensor in (q, k, v):
-            torch._dynamo.mark_static(tensor, 3)
+        keep_head_size(q, k, v)
         with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
             check(compiled(q, k, v, None, is_causal, None), q, k, v, None, is_causal, None)
 

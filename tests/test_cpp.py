@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from producers import quantized
-from support import run_python
-from test_lowerings import CASES, Linears, _assert_equal_up_to_order, compiled_together
+from support import one_translation_unit, run_python
+from test_lowerings import CASES, Linears, _assert_equal_up_to_order
 from test_microkernels import _runs
 from torch import Tensor, nn
 from torch._inductor import config as inductor_config
@@ -139,7 +139,7 @@ def test_instruction_sets(isa: Isa, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template, "cpu_isa", lambda: isa)
     model = Linears([*CASES[::23], *(case for case in CASES if case.x_dtype is torch.int8)], 67, 70, "cpp")
     inputs = model.inputs(39, 67)
-    with compiled_together("cpp"), fresh_cache():
+    with one_translation_unit(), fresh_cache():
         results, codes = run_and_get_code(torch.compile(model), *inputs)
     microkernel = template.MICROKERNELS[isa]
     for class_name in microkernel.class_names.values():
@@ -204,7 +204,7 @@ def test_split_k(isa: Isa, monkeypatch: pytest.MonkeyPatch) -> None:
             for result, reference in zip(compiled(*inputs), model(*inputs), strict=True):
                 _assert_equal_up_to_order(result, reference)
 
-        with compiled_together("cpp"), fresh_cache():
+        with one_translation_unit(), fresh_cache():
             compiled, inputs = torch.compile(model), model.inputs(7, k)
             for tensor in inputs:
                 if tensor.shape[0] == 7:

@@ -111,8 +111,8 @@ def _assert_equal_up_to_order(result: Tensor, reference: Tensor) -> None:
     torch.testing.assert_close(result.double(), reference.double(), rtol=tolerance, atol=float(1e-6 * largest))
 
 
-def compiled_together(lowering: str) -> AbstractContextManager[None]:
-    """Make one translation unit of all kernels of a graph, where they can be called from C++."""
+def _one_translation_unit(lowering: str) -> AbstractContextManager[None]:
+    """Do what `one_translation_unit` does, where the kernels of `lowering` can be called from C++."""
     is_called_from_cpp = by_name(lowering).supports(linear_problem(called_from_python=False)) is None
     return one_translation_unit() if is_called_from_cpp else nullcontext()
 
@@ -126,7 +126,7 @@ def test_every_class_of_problem(lowering: str) -> None:
     inputs[::2] = [xs[x.dtype] for x in inputs[::2]]
     for i in range(len(CASES)):
         model.register_buffer(f"w{i}", model.w0)
-    with compiled_together(lowering):
+    with _one_translation_unit(lowering):
         results = torch.compile(model)(*inputs)
     for result, reference in zip(results, model(*inputs), strict=True):
         _assert_equal_up_to_order(result, reference)
@@ -148,7 +148,7 @@ def test_sizes(lowering: str, dynamic: bool) -> None:
     compiled = torch.compile(run, dynamic=dynamic)
     for m in (5, 1, 0, 130) if dynamic else (1, 37):
         inputs = [t for (k, _), model in zip(sizes, models, strict=True) for t in model.inputs(m, k)]
-        with compiled_together(lowering):
+        with _one_translation_unit(lowering):
             results = compiled(*inputs)
         for result, reference in zip(results, run(*inputs), strict=True):
             _assert_equal_up_to_order(result, reference)
