@@ -39,8 +39,8 @@ _PARALLEL_ELEMENTS = 1 << 14
 
 _HALVES = (torch.bfloat16, torch.float16)
 
-#: Operators whose result is one of their operands, up to the sign: there is nothing to round.
-_EXACT = ("neg", "abs", "round", "minimum", "maximum", "where")
+#: Operators whose result is one of their operands: there is nothing to round.
+_CHOICES = ("round", "minimum", "maximum", "where")
 
 
 @register_lowering(torch.ops.qfuse.quantize_rows.default, type_promotion_kind=None)
@@ -279,14 +279,15 @@ class _Code:
             for i, o in enumerate(one.operands)
         ]
         value = f"q::{one.op}({', '.join(operands)})"
-        return value if one.op in _EXACT else self._rounded(value, index, one.dtype)
+        is_exact = one.op in _CHOICES or (one.op in ("neg", "abs") and one.dtype.is_floating_point)
+        return value if is_exact else self._rounded(value, index, one.dtype)  # −(−128) is no int8
 
     def _converted(self, index: int, one: Instruction) -> str:
         (operand,) = one.operands
         assert isinstance(operand, Ref)
         source, element = self._dtype(operand.index), index in self._program.elements
         value = f"x{operand.index}"
-        if one.dtype is torch.bool:
+        if one.dtype is torch.bool and source is not torch.bool:
             return f"q::ne({value}, {self._operand(0, source, element)})"
         if source.is_floating_point and not one.dtype.is_floating_point:
             if not element:

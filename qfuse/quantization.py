@@ -310,10 +310,8 @@ class _Reader:
         return self._read_pointwise(name, node, node.args[:1] if name == "convert" else node.args)
 
     def _read_clamp(self, node: Node) -> Decline | None:
-        source, *bounds = [*node.args, *node.kwargs.values()]
-        low, high = [*bounds, None, None][:2]
-        if set(node.kwargs) - {"max"} or not isinstance(source, Node):
-            return Decline("clamp has options", node)
+        given = dict(zip(("self", "min", "max"), node.args, strict=False)) | node.kwargs
+        source, low, high = (given.get(name) for name in ("self", "min", "max"))
         operand: object = source
         for name, bound in (("clamp_min", low), ("clamp_max", high)):
             if bound is not None:
@@ -350,6 +348,12 @@ class _Reader:
             return Decline(f"{unaligned[0]} is broadcast in another way than over its row", node)
         if name != "convert" and not _promotes(name, nodes, dtype):
             return Decline(f"computes in {dtype} what was of another dtype", node)
+        of = fake_value(nodes[0]).dtype if name in COMPARISONS else dtype
+        numbers = [o for o in operands[name == "where" :] if isinstance(o, Number)]
+        if unlike := [n for n in numbers if not _holds(of, n)]:
+            return Decline(f"computes in {of} with {unlike[0]}", node)
+        if name != "convert" and not _has_kernel(name, of, element):
+            return Decline(f"{name_of(node)} in {of}", node)
         self._add(node, Instruction(name, dtype, tuple(operands)), element)
         return None
 
@@ -384,6 +388,22 @@ class _Reader:
         if self.is_element(operand) or not element:
             return same_shape(operand, node)
         return is_of_rows(operand, node)
+
+
+def _holds(dtype: torch.dtype, number: Number) -> bool:
+    """Tell whether `number` is one of `dtype`, or may be rounded to it.
+
+    Eager wraps a number that is too large for integers, or compares in floats.
+    """
+    if dtype.is_floating_point:
+        return True
+    low, high = (0, 1) if dtype is torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+    return isinstance(number, int) and low <= number <= high
+
+
+def _has_kernel(name: str, dtype: torch.dtype, element: bool) -> bool:
+    """Tell whether the kernel of a program can do this in `dtype`: of booleans, it has no arithmetic on elements."""
+    return dtype.is_floating_point or (name != "round" and not (element and dtype is torch.bool))
 
 
 def _promotes(name: str, nodes: Sequence[Node], dtype: torch.dtype) -> bool:

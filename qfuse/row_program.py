@@ -60,19 +60,13 @@ POINTWISE: dict[str, Callable[..., Tensor]] = {
     "sub": lambda a, b: torch.rsub(b, a) if isinstance(a, Number) else torch.sub(a, b),
     "mul": torch.mul,
     "div": torch.div,
-    "minimum": lambda a, b: torch.minimum(*_tensors(a, b)),
-    "maximum": lambda a, b: torch.maximum(*_tensors(a, b)),
+    "minimum": torch.minimum,
+    "maximum": torch.maximum,
     "clamp_min": torch.clamp_min,
     "clamp_max": torch.clamp_max,
     "where": torch.where,
     **COMPARISONS,
 }
-
-
-def _tensors(*operands: Tensor | Number) -> list[Tensor]:
-    """Return operands as tensors of one dtype, numbers as scalars of it."""
-    like = next(o for o in operands if isinstance(o, Tensor))
-    return [o if isinstance(o, Tensor) else torch.tensor(o, dtype=like.dtype, device=like.device) for o in operands]
 
 
 @dataclass(frozen=True)
@@ -141,6 +135,9 @@ def _run(instruction: Instruction, operands: list[Tensor | Number]) -> Tensor:
         (operand,) = operands
         assert isinstance(operand, Tensor)
         return operand.to(instruction.dtype)
+    if instruction.op in ("minimum", "maximum"):  # which take no numbers
+        like = next(o for o in operands if isinstance(o, Tensor))
+        operands = [torch.as_tensor(o, dtype=instruction.dtype, device=like.device) for o in operands]
     function = REDUCTIONS.get(instruction.op) or POINTWISE[instruction.op]
     # only `where` of two numbers has another dtype than the graph had
     return function(*operands).to(instruction.dtype)
