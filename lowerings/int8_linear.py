@@ -50,6 +50,12 @@ def mm(x: Any, weight_t: Any) -> ir.TensorBox:
     return lowerings[aten.mm.default](x, weight_t)
 
 
+@register_lowering(torch.ops.qfuse.addmm.default, type_promotion_kind=None)
+def addmm(summand: Any, x: Any, weight_t: Any, *, beta: Any = 1, alpha: Any = 1) -> ir.TensorBox:
+    """Lower `qfuse::addmm` as `aten.addmm`."""
+    return lowerings[aten.addmm.default](summand, x, weight_t, beta=beta, alpha=alpha)
+
+
 @register_lowering(torch.ops.qfuse.int8_linear.default, type_promotion_kind=None)
 def int8_linear(
     x: Any,

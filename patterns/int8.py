@@ -13,6 +13,7 @@ from qfuse.family import Anchor, Family, Pattern
 from qfuse.inductor import fake_value, real_tensors
 from qfuse.normal_form import (
     COLUMN_SUMS,
+    FLOATS,
     MINUS_ONE,
     Axis,
     Dim,
@@ -88,8 +89,8 @@ class EmulatedMM(Anchor):
             return Decline("the weight has zero points", node)
         if node.kwargs:
             return Decline("addmm with factors (alpha, beta)", node)
-        if fake_value(node).dtype is torch.float64:
-            return Decline("computed in float64, which the fused op does not do", node)
+        if fake_value(node).dtype not in (*FLOATS, torch.int32, torch.int64):
+            return Decline(f"computed in {fake_value(node).dtype}, which the fused op does not do", node)
         form = _checked(QLinear(node, node, activation.q, activation.dtype, w.q, k_axis))
         if isinstance(form, Decline):
             return form
@@ -168,8 +169,8 @@ def _with_zero_point(form: QLinear, x: Dequantized, scales: Product, constants: 
     if x.zero_point is None or is_zero(x.zero_point.operand, constants):
         return form
     known = _known_integer(x.zero_point, constants)
-    if known is not None:
-        return replace(form, x_zero_point=known)
+    if known is not None and (shifted := replace(form, x_zero_point=known)).stays_in_int32:
+        return shifted
     return form.plus((MINUS_ONE, x.zero_point, *scales, Factor(COLUMN_SUMS, Axis.COLUMN)), form.value)
 
 

@@ -8,6 +8,7 @@ thing is not proven: that no activation is NaN, which has no integer.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,8 +20,7 @@ from qfuse.normal_form import WIDE_FLOATS, Axis, Factor, Product, equal, product
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
-#: The most that every float dtype of `WIDE_FLOATS` holds as exact integers.
-_EXACT = 256
+_INTEGERS = (torch.int16, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,9 @@ def dequantized(tensor: Node, axis: Axis, constants: Constants) -> Dequantized |
     node = tensor
     scales: list[Factor] = []
     zero_point: Factor | None = None
+    passed: list[Node] = []
     while True:
+        passed.append(node)
         if (inner := _same_columns(node)) is not None:
             node = inner
             continue
@@ -56,7 +58,7 @@ def dequantized(tensor: Node, axis: Axis, constants: Constants) -> Dequantized |
                 if branch is None or not same_shape(branch, node):
                     return None
                 node = branch
-            case aten.mul.Tensor, (a, b) if zero_point is None:
+            case aten.mul.Tensor, (a, b) if zero_point is None and fake_value(node).dtype in WIDE_FLOATS:
                 scaled, factor = (a, b) if isinstance(a, Node) and same_shape(a, node) else (b, a)
                 scale = _factors(factor, scaled, node, axis)
                 if scale is None or not isinstance(scaled, Node):
@@ -69,7 +71,7 @@ def dequantized(tensor: Node, axis: Axis, constants: Constants) -> Dequantized |
                 node, scales = inner, [*scales, *(replace(f, inverse=True) for f in scale)]
             case aten.sub.Tensor, (Node() as inner, shift) if zero_point is None and not node.kwargs:
                 found = _factors(shift, inner, node, axis)
-                if found is None or len(found) != 1:
+                if found is None or len(found) != 1 or not _holds_difference(passed, shift, constants):
                     return None
                 node, (zero_point,) = inner, found
             case _:
@@ -100,8 +102,22 @@ def _factors(operand: object, inner: object, node: Node, axis: Axis) -> Product 
 def _widens(inner: Node, node: Node) -> bool:
     """Tell whether a conversion changes no integer of at most 8 bits (and, of scaled values, only the rounding)."""
     return fake_value(node).dtype in WIDE_FLOATS or (
-        fake_value(node).dtype in (torch.int16, torch.int32, torch.int64) and not fake_value(inner).is_floating_point()
+        fake_value(node).dtype in _INTEGERS and not fake_value(inner).is_floating_point()
     )
+
+
+def _holds_difference(nodes: Iterable[Node], zero_point: object, constants: Constants) -> bool:
+    """Tell whether no 8-bit integer less `zero_point` leaves the integers that any of `nodes` is of."""
+    dtypes = [fake_value(node).dtype for node in nodes if fake_value(node).dtype in _INTEGERS]
+    if not dtypes:
+        return True
+    if isinstance(zero_point, Node) and zero_point in constants:
+        with real_tensors():
+            low, high = (float(bound) for bound in constants.value(zero_point).aminmax())
+    else:
+        interval = _interval(zero_point)
+        low, high = interval.low, interval.high
+    return all(torch.iinfo(dtype).min <= -128 - high and 255 - low <= torch.iinfo(dtype).max for dtype in dtypes)
 
 
 def _known_branch(condition: Node, chosen: object, other: object, constants: Constants) -> Node | None:
@@ -140,6 +156,12 @@ class _Interval:
         integer = self.integer and all(math.isinf(bound) or float(bound).is_integer() for bound in (low, high))
         return _Interval(min(max(self.low, low), high), min(max(self.high, low), high), integer)
 
+    def rounded(self, dtype: torch.dtype) -> _Interval:
+        """Return bounds of the same values, rounded to a float dtype: integers remain integers."""
+        with real_tensors():
+            low, high = torch.tensor([self.low, self.high], dtype=torch.float64).to(dtype).tolist()
+        return _Interval(low, high, self.integer)
+
 
 def _interval(node: object, depth: int = 16) -> _Interval:
     """Bound the values of `node`, by interval arithmetic over at most `depth` operators."""
@@ -150,6 +172,16 @@ def _interval(node: object, depth: int = 16) -> _Interval:
     dtype = fake_value(node).dtype
     if dtype in (torch.int8, torch.uint8):
         return _Interval(torch.iinfo(dtype).min, torch.iinfo(dtype).max, True)
+    if dtype in WIDE_FLOATS:
+        return _unrounded_interval(node, depth).rounded(dtype)
+    if dtype in _INTEGERS and node.target is prims.convert_element_type.default:
+        of = _interval(node.args[0], depth - 1)  # truncated, to what is between the same integers
+        info = torch.iinfo(dtype)
+        return of if info.min <= of.low and of.high <= info.max else _Interval(info.min, info.max, True)
+    return _Interval()
+
+
+def _unrounded_interval(node: Node, depth: int) -> _Interval:
     match node.target, node.args:
         case aten.round.default, (inner,):
             of = _interval(inner, depth - 1)
@@ -159,12 +191,10 @@ def _interval(node: object, depth: int = 16) -> _Interval:
             return _interval(inner, depth - 1).clamped(low, None)
         case aten.clamp_max.default, (inner, high):
             return _interval(inner, depth - 1).clamped(None, high)
-        case aten.clamp.default, (inner, *bounds):
+        case aten.clamp.default, (inner, *bounds) if not node.kwargs:
             return _interval(inner, depth - 1).clamped(*bounds, *[None] * (2 - len(bounds)))
-        case prims.convert_element_type.default, (inner, _) if dtype in WIDE_FLOATS:
-            of = _interval(inner, depth - 1)
-            narrows = isinstance(inner, Node) and dtype.itemsize < fake_value(inner).dtype.itemsize
-            return _Interval() if narrows and (of.low < -_EXACT or of.high > _EXACT) else of
+        case prims.convert_element_type.default, (inner, _):
+            return _interval(inner, depth - 1)
         case aten.add.Tensor, (a, b) if not node.kwargs:
             p, q = _interval(a, depth - 1), _interval(b, depth - 1)
             return _Interval(p.low + q.low, p.high + q.high, p.integer and q.integer)

@@ -59,7 +59,7 @@ def shield(graph: Graph) -> None:
 
     They run under freezing, which qfuse has switched on. They take any two multiplications behind an `_int_mm` for
     scales, whatever their shapes: results are wrong with the weight's scale first, and K = 0 ends the process. And they
-    pack the weight of any `mm` as if it were float, which fails for integers.
+    pack the weight of any `mm` or `addmm` as if it were float, which fails for integers.
     """
     matmuls = [n for target in _HIDDEN for n in graph.find_nodes(op="call_function", target=target)]
     of_integers = [n for n in matmuls if not fake_value(n).dtype.is_floating_point]
@@ -67,13 +67,14 @@ def shield(graph: Graph) -> None:
         return  # most graphs: spare them another look for constants
     constants = Constants(graph)
     for node in of_integers:
-        if node.args[1] in constants:
+        if node.args[-1] in constants:
             node.target = _HIDDEN[node.target]
 
 
 _HIDDEN: dict[Target, Target] = {
     torch.ops.aten._int_mm.default: torch.ops.qfuse.int_mm.default,
     torch.ops.aten.mm.default: torch.ops.qfuse.mm.default,
+    torch.ops.aten.addmm.default: torch.ops.qfuse.addmm.default,
 }
 
 

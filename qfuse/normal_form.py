@@ -141,8 +141,15 @@ class QLinear:
 
     @property
     def is_asymmetric(self) -> bool:
-        """Whether a zero point that varies over rows, or is not known, is removed by an offset."""
+        """Whether an offset varies over rows, or with the weight, as what removes a zero point of rows does."""
         return any(f.axis is Axis.ROW or f.operand is COLUMN_SUMS for offset in self.offsets for f in offset)
+
+    @property
+    def stays_in_int32(self) -> bool:
+        """Whether Σk (x − x_zero_point) · w does, whatever the integers are."""
+        x = torch.iinfo(self.x_dtype)
+        largest = max(abs(bound - self.x_zero_point) for bound in (x.min, x.max)) * 128
+        return largest * self.k <= torch.iinfo(torch.int32).max
 
     def factors(self, axis: Axis) -> Product:
         """Return the scales that vary over `axis`."""

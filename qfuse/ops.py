@@ -19,8 +19,8 @@ out_dtype, lowering) -> y`
     offset_rows, offset_columns: equally many, each [M], and [N] or [1], float32: they remove zero points of rows.
     lowering: the name of the lowering that was chosen when the graph was matched.
 
-`qfuse::int_mm(x, weight_t) -> y`, `qfuse::mm(x, weight_t) -> y`
-    `aten._int_mm` and `aten.mm` under names that Inductor's own patterns do not know (see `qfuse.fusion.shield`).
+`qfuse::int_mm(x, weight_t) -> y`, `qfuse::mm(x, weight_t) -> y`, `qfuse::addmm(summand, x, weight_t) -> y`
+    `aten._int_mm`, `mm` and `addmm` under names that Inductor's own patterns do not know (see `qfuse.fusion.shield`).
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ _library.define(
 
 _library.define("int_mm(Tensor x, Tensor weight_t) -> Tensor")
 _library.define("mm(Tensor x, Tensor weight_t) -> Tensor")
+_library.define("addmm(Tensor summand, Tensor x, Tensor weight_t, *, Scalar beta=1, Scalar alpha=1) -> Tensor")
 
 
 @torch.library.impl(_library, "int_mm", "CompositeExplicitAutograd")
@@ -51,6 +52,16 @@ def _int_mm(x: Tensor, weight_t: Tensor) -> Tensor:
 @torch.library.impl(_library, "mm", "CompositeExplicitAutograd")
 def _mm(x: Tensor, weight_t: Tensor) -> Tensor:
     return torch.mm(x, weight_t)
+
+
+@torch.library.impl(_library, "addmm", "CompositeExplicitAutograd")
+def _addmm(summand: Tensor, x: Tensor, weight_t: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    return torch.addmm(summand, x, weight_t, beta=beta, alpha=alpha)
+
+
+@torch.library.register_fake("qfuse::addmm", lib=_library)
+def _addmm_fake(summand: Tensor, x: Tensor, weight_t: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    return x.new_empty((x.shape[0], weight_t.shape[1]))
 
 
 @torch.library.register_fake("qfuse::mm", lib=_library)

@@ -130,6 +130,9 @@ class _Rewriter:
             self.form.dtype,
             provider.name,
         )
+        *batch, _, n = fake_value(self.form.anchor).shape  # a batch of one
+        if batch and not (self.form.row_slices or self.form.column_slices):  # of matrices alone
+            result = self.emit.call(aten.reshape.default, result, [*batch, -1, n])
         for view in self.form.views:
             result = self.emit.call(view.target, result, *view.args[1:], **view.kwargs)
         return result

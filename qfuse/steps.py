@@ -299,4 +299,7 @@ def _corrected(form: QLinear, node: Node, correction: object, sign: int, constan
     z = zero_point_of(correction, form, constants)
     if z is None or abs(z) > 255:
         return Decline("what corrects the accumulator is not a multiple of the weight's column sums", node)
-    return replace(form, x_zero_point=form.x_zero_point + sign * z, value=node)
+    corrected = replace(form, x_zero_point=form.x_zero_point + sign * z, value=node)
+    if not corrected.stays_in_int32:
+        return Decline(f"with the zero point {corrected.x_zero_point}, {form.k} products might leave int32", node)
+    return corrected

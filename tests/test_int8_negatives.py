@@ -205,7 +205,34 @@ EMULATED_NEGATIVES: dict[str, tuple[Callable[..., Any], str]] = {
         lambda s, q, xs: F.linear((q & 15).to(torch.float8_e4m3fn).float() * xs, _w(s)),
         "the activation is not",
     ),
-    "in float64": (lambda s, q, xs: F.linear(q.double() * xs, _w(s).double()), "computed in float64"),
+    "in float64": (lambda s, q, xs: F.linear(q.double() * xs, _w(s).double()), "computed in torch.float64"),
+    "in int8, which wraps around": (lambda s, q, xs: (q @ s.w.t()).float() * xs * s.ws, "computed in torch.int8"),
+    "in int16": (lambda s, q, xs: (q.short() @ s.w.t().short()).float() * xs * s.ws, "computed in torch.int16"),
+    "scaled in int16": (lambda s, q, xs: F.linear((q.short() * 1000) * xs, _w(s)), "the activation is not"),
+    "scaled in int32 by rows": (
+        lambda s, q, xs: F.linear((q.int() * (xs * 1e9).int()).float(), _w(s)),
+        "the activation is not",
+    ),
+    "zero point that wraps around in int16": (
+        lambda s, q, xs: F.linear((q.short() - 32767) * xs, _w(s)),
+        "the activation is not",
+    ),
+    "zero point of rows that may wrap around in int16": (
+        lambda s, q, xs: F.linear((q.short() - (xs * 1e5).short()) * xs, _w(s)),
+        "the activation is not",
+    ),
+    "zero point that wraps around behind it": (
+        lambda s, q, xs: F.linear((q.int() - 32767).short() * xs, _w(s)),
+        "the activation is not",
+    ),
+    "rounded up to more than 8 bits": (
+        lambda s, q, xs: F.linear((q * 1.5).clamp(-127.4, 127.4).bfloat16().round() * xs, _w(s)),
+        "the activation is not",
+    ),
+    "rounded up to more than 8 bits by its bounds": (
+        lambda s, q, xs: F.linear((q.bfloat16() * 1.5).clamp(-127.4, 127.4).round() * xs, _w(s)),
+        "the activation is not",
+    ),
     "addmm with beta": (
         lambda s, q, xs: torch.addmm(s.b, q.float() * xs, _w(s).t(), beta=2),
         "factors (alpha, beta)",
@@ -266,13 +293,49 @@ def test_uncalibrated_ranges_are_not_quantized() -> None:
     torch.testing.assert_close(traced.result, model(x))
 
 
-def test_integer_matmul_of_a_frozen_weight() -> None:
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda s, q, xs: (q.int() @ s.w.t().int()).relu(),
+        lambda s, q, xs: F.linear(q.int(), s.w.int(), s.b.int()).relu(),
+        lambda s, q, xs: torch.addmm(s.b.long(), q.long(), s.w.t().long(), beta=3, alpha=-2),
+    ],
+    ids=["mm", "addmm", "addmm with factors"],
+)
+def test_integer_matmul_of_a_frozen_weight(forward: Callable[..., Any]) -> None:
     """Freezing packs the weight of any `mm` as float, and fails for integers: what is not fused is hidden from it."""
-    model = Hostile(lambda s, q, xs: (q.int() @ s.w.t().int()).relu())
+    model = Hostile(forward)
     inputs = model.inputs(7)
     result, report = compile_and_run(model, *inputs)
     assert len(report.misses) == 1
     assert torch.equal(result, model(*inputs))
+
+
+@pytest.mark.parametrize("sums", [torch.int32, torch.int64], ids=str)
+def test_zero_point_that_might_leave_int32(sums: torch.dtype) -> None:
+    """Not of 8 bits as the activation is; the sum of so many products fits only without it."""
+    model = Hostile(
+        lambda s, q, xs: (accumulator(s, q).to(sums) - 255 * s.w.sum(1, dtype=sums)).float() * xs, n=8, k=60000
+    )
+    (miss,) = trace(model, *model.inputs(7)).report.misses
+    assert "might leave int32" in miss.reason
+
+
+def test_known_zero_point_that_might_leave_int32() -> None:
+    """As an offset in float it does not."""
+    model = Hostile(lambda s, q, xs: F.linear((q.float() - 255) * xs, s.w.float()), n=8, k=60000)
+    traced = trace(model, *model.inputs(7))
+    assert [m.pattern for m in traced.report.matches] == ["int8.dynamic_per_token_asymmetric"], traced.report
+    traced.assert_no_worse()
+
+
+def test_batch_of_one() -> None:
+    """Its result stays a batch."""
+    model = Hostile(lambda s, q, xs: torch.bmm((q.float() * xs)[None], _w(s).t()[None]) + s.b)
+    traced = trace(model, *model.inputs(7))
+    assert len(traced.report.matches) == 1, traced.report
+    assert traced.result.shape == (1, 7, 48)
+    traced.assert_no_worse()
 
 
 def test_emulated_matmul_of_one_column() -> None:
