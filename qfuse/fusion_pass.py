@@ -17,7 +17,7 @@ from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 from qfuse import config
 from qfuse.config import is_enabled
 from qfuse.inductor import trace_json
-from qfuse.isa import cpu_isa
+from qfuse.isa import cpu_facts
 from qfuse.records import publish
 from qfuse.report import Report
 
@@ -59,13 +59,14 @@ class FusionPass(CustomGraphPass):
             _observed(graph, "qfuse.shield", fusion.shield)
 
     def uuid(self) -> Any:
-        """Return what the compile cache's key needs: any change of qfuse's source, options or ISA is another compile.
+        """Return what the compile cache's key needs: any change of qfuse's source, options or CPU is another compile.
 
         Inductor asks for it also where a cached graph is loaded without this pass being run. That graph may call
         kernels which `qfuse.lowerings` registers, so they are registered here as well.
         """
         _load_lowerings()
-        return f"qfuse-{source_hash()}-{config.get_hash().hex()}-{cpu_isa().value}"
+        cpu = hashlib.sha256(cpu_facts().encode()).hexdigest()
+        return f"qfuse-{source_hash()}-{config.get_hash().hex()}-{cpu}"
 
     def __deepcopy__(self, memo: object) -> FusionPass:
         return self  # Inductor copies the lists of passes that it reads; this pass is known by its identity

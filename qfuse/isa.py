@@ -61,6 +61,15 @@ def cpu_isa() -> Isa:
     return best_isa(torch.cpu.get_capabilities(), os.environ)
 
 
+def cpu_facts() -> str:
+    """Return all that generated code may depend on of this CPU, for the key of a cache that CPUs share.
+
+    The instruction sets are not all: attention asks for bfloat16 and for the maker, and blocks fit into caches.
+    """
+    facts = sorted(torch.cpu.get_capabilities().items())
+    return f"{cpu_isa().value} {facts} {os.environ.get('ATEN_CPU_CAPABILITY')}"
+
+
 def best_isa(has: Mapping[str, object], environment: Mapping[str, str]) -> Isa:
     """Return the best of the instruction sets that a CPU has, under the limit that the environment sets to oneDNN.
 

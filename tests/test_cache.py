@@ -14,7 +14,7 @@ from torch._inductor.utils import fresh_cache
 
 import qfuse
 from qfuse.fusion_pass import FUSION_PASS
-from qfuse.isa import Isa
+from qfuse.isa import Isa, cpu_isa
 
 _CODE = """
 import torch, qfuse
@@ -95,14 +95,22 @@ def test_options_are_part_of_the_key() -> None:
     assert FUSION_PASS.uuid() == key
 
 
-def test_instruction_set_is_part_of_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_is_part_of_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked of it is: the best instructions for integers, those for bfloat16, the maker, and a cache's size."""
     key = FUSION_PASS.uuid()
-    keys = set()
-    for isa in Isa:
-        monkeypatch.setattr("qfuse.fusion_pass.cpu_isa", lambda isa=isa: isa)
-        keys.add(FUSION_PASS.uuid())
-    assert len(keys) == len(Isa)
-    assert key in keys
+    keys = {key}
+    for isa in set(Isa) - {cpu_isa()}:
+        with monkeypatch.context() as patch:
+            patch.setattr("qfuse.isa.cpu_isa", lambda isa=isa: isa)
+            keys.add(FUSION_PASS.uuid())
+    has = torch.cpu.get_capabilities()
+    others = {"avx512_bf16": not has.get("avx512_bf16"), "cpu_name": "another", "l2_cache_size": 12345}
+    for name, value in others.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cpu, "get_capabilities", lambda name=name, value=value: has | {name: value})
+            keys.add(FUSION_PASS.uuid())
+    assert len(keys) == len(Isa) + len(others)
+    assert FUSION_PASS.uuid() == key
 
 
 def test_same_shape_other_weights_in_one_process() -> None:
