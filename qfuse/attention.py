@@ -1,4 +1,4 @@
-"""The fifth pass: attention between quantized linears becomes `qfuse::attention`, on CPU.
+"""The fifth pass: attention, in a graph with quantized linears, becomes `qfuse::attention`, on CPU.
 
 Once the linears are fused, attention takes a third of the time of a small encoder. It is the same operation as ATen's,
 in a faster kernel, which also reads keys and values that several heads share without copying them for each. Models
@@ -31,8 +31,8 @@ _FLASH = aten._scaled_dot_product_flash_attention_for_cpu.default
 def fuse_attention(graph: Graph) -> int:
     """Replace attention in a `graph` that has fused linears, in place; return how many there were."""
     found = graph.find_nodes(op="call_function", target=_FLASH)
-    is_quantized = graph.find_nodes(op="call_function", target=ops.int8_linear.default)
-    if not found or not is_quantized or is_training_graph(graph):
+    linears = graph.find_nodes(op="call_function", target=ops.int8_linear.default)
+    if not found or not linears or is_training_graph(graph):
         return 0
     replaced = sum([_try_to_replace(node) for node in found])
     if replaced:

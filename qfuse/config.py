@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from torch.utils._config_module import Config, install_config_module
 
+import _qfuse_autoload
+
 
 def _names(variable: str) -> list[str]:
     """Read names that are separated by commas from the environment."""
@@ -57,7 +59,7 @@ fusion_limit: int = int(os.environ.get("QFUSE_FUSION_LIMIT", "-1"))
 def is_enabled() -> bool:
     """Tell whether to fuse; in the environment, words are understood as well."""
     value: object = sys.modules[__name__].enabled  # read through the installed module
-    return str(value).lower() not in ("false", "0", "off", "no", "")
+    return str(value).lower() not in _qfuse_autoload.OFF
 
 
 if TYPE_CHECKING:

@@ -37,6 +37,7 @@ _VARIABLES = (
     "OMP_NUM_THREADS",
     "ONEDNN_MAX_CPU_ISA",
     "DNNL_MAX_CPU_ISA",
+    "ATEN_CPU_CAPABILITY",
     "TORCH_LOGS",
 )
 
@@ -65,7 +66,8 @@ def _facts() -> Iterator[tuple[str, str]]:
     freezes, by = freezing_setting()
     yield "freezing", "{}, {}".format("on" if freezes else "off", by)
     yield "autoload", _autoload()
-    yield "environment", ", ".join(f"{v}={os.environ[v]}" for v in _VARIABLES if v in os.environ) or "nothing set"
+    variables = [v for v in os.environ if v in _VARIABLES or v.startswith("QFUSE_")]
+    yield "environment", ", ".join(f"{v}={os.environ[v]}" for v in variables) or "nothing set"
     yield "config", ", ".join(_changed_options()) or "all defaults"
     for device in _devices():
         yield f"on {device}", _choice(device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import contextvars
+import os
 import re
 import threading
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ from qfuse.normal_form import QLinear
 from qfuse.reasons import Decline
 
 #: Where qfuse's own code is; `explain` stands on the stack of what it traces.
-_PACKAGE = str(Path(__file__).parent)
+_PACKAGE = str(Path(__file__).parent) + os.sep
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 _IMPORT = """
 import torch, qfuse, qfuse.patterns.int8, qfuse.lowerings.onednn, _qfuse_autoload.backend
 from importlib.metadata import entry_points
+qfuse.fusion_pass._load_lowerings()
 assert "qfuse" in entry_points(group="torch.backends").names
 assert "qfuse" in entry_points(group="torch_dynamo_backends").names
 print(qfuse.__file__)
@@ -34,9 +35,13 @@ def test_wheel(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("qfuse-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"qfuse", "_qfuse_autoload"}
-    data = ("qfuse/py.typed", "qfuse/templates/report.html.jinja")
-    for needed in ("qfuse/patterns/int8.py", "qfuse/lowerings/onednn.py", *data):
-        assert needed in names
+    for package in ("qfuse", "patterns", "lowerings"):
+        files = [path for path in (source / package).rglob("*") if path.is_file()]
+        assert len(files) > 1
+        for file in files:
+            name = str(file.relative_to(source))
+            installed = name.replace("qfuse/_autoload", "_qfuse_autoload") if package == "qfuse" else f"qfuse/{name}"
+            assert installed in names
     target, empty = tmp_path / "site", tmp_path / "empty"
     empty.mkdir()
     subprocess.run([*pip, "install", "--quiet", "--no-deps", "--target", target, wheel], check=True)

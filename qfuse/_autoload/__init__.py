@@ -6,6 +6,9 @@ light, must not import qfuse (that would switch fusion on) and must never raise 
 
 from __future__ import annotations
 
+#: What the variable QFUSE says, in lower case, where it switches qfuse off.
+OFF = ("false", "0", "off", "no", "")
+
 #: True while `backend="qfuse"` imports qfuse: that is not the user's `import qfuse`, and enables nothing.
 importing_for_backend = False
 

@@ -13,7 +13,7 @@ import _qfuse_autoload
 # Dynamo decides before any backend is called whether it hands over parameters as inputs or as constants that can be
 # frozen. For Inductor it asks Inductor's options; for a backend there is this option alone, and it holds for the whole
 # process: what is compiled for other backends is recompiled when a parameter is replaced by another object.
-if os.environ.get("QFUSE") != "0":
+if os.environ.get("QFUSE", "1").lower() not in _qfuse_autoload.OFF:
     _dynamo_config: Any = torch._dynamo.config
     _dynamo_config._config["prepare_freezing"].default = True
 
