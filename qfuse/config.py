@@ -5,6 +5,7 @@ Set them like torch's own: `qfuse.config.disabled_patterns = ["int8.static_per_t
 A misspelt name raises `AttributeError`.
 """
 
+import logging
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -17,6 +18,16 @@ import _qfuse_autoload
 def _names(variable: str) -> list[str]:
     """Read names that are separated by commas from the environment."""
     return [name.strip() for name in os.environ.get(variable, "").split(",") if name.strip()]
+
+
+def _number(variable: str, default: int) -> int:
+    """Read a number from the environment; what is none is told, and has no effect."""
+    value = os.environ.get(variable, "")
+    try:
+        return int(value) if value else default
+    except ValueError:
+        logging.getLogger("qfuse").warning("%s=%r is no number: it is ignored", variable, value)
+        return default
 
 
 # Fuse at all. The environment variable QFUSE=0 (or 1) has the last word. Unlike `qfuse.disable()` this leaves freezing
@@ -53,7 +64,7 @@ verify: bool = Config(default=False, env_name_default="QFUSE_VERIFY")
 
 # Make only the first so many fusions of the process, and decline the others, to find by bisection the one that is to
 # blame for a difference; -1 is no limit. torch's own compiler bisector finds it by itself.
-fusion_limit: int = int(os.environ.get("QFUSE_FUSION_LIMIT", "-1"))
+fusion_limit: int = _number("QFUSE_FUSION_LIMIT", -1)
 
 
 def is_enabled() -> bool:

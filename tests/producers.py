@@ -23,7 +23,6 @@ from torchao.quantization import (
     quantize_,
 )
 from torchao.quantization.quant_primitives import MappingType
-from transformers.integrations.gemma_quant import QuantizedLinear
 
 
 def quantized(m: int, k: int, dtype: torch.dtype = torch.int8) -> torch.Tensor:
@@ -314,6 +313,8 @@ class P14(Float):
     """transformers, Gemma with static ranges: its own module, calibrated for the input."""
 
     def __init__(self, n: int, k: int, dtype: torch.dtype, bias: bool) -> None:
+        from transformers.integrations.gemma_quant import QuantizedLinear  # a second, which few processes need
+
         super().__init__(n, k, dtype, bias)
         self.linear = QuantizedLinear(k, n, bias).to(dtype)
         with torch.no_grad():

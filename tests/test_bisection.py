@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from producers import T2, TorchAO
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from torch._inductor.compiler_bisector import CompilerBisector
 
 import qfuse
+from qfuse.config import _number
 from qfuse.isa import ACTIVATION_DTYPE, cpu_isa
 from qfuse.lowerings.call import Int8LinearCall
 from qfuse.lowerings.cpp import Cpp
@@ -50,6 +53,16 @@ def test_environment() -> None:
         assert row.lowering == "aten"
     """
     run_python(code, QFUSE_FUSION_LIMIT="2", QFUSE_DISABLED_LOWERINGS="cpp, onednn, none")
+
+
+def test_a_limit_that_is_no_number_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`import qfuse` must not fail for it."""
+    told: list[str] = []
+    monkeypatch.setattr(logging.getLogger("qfuse"), "warning", lambda message, *args: told.append(message % args))
+    for value, limit in (("2", 2), ("", -1), ("two", -1)):
+        monkeypatch.setenv("QFUSE_FUSION_LIMIT", value)
+        assert _number("QFUSE_FUSION_LIMIT", -1) == limit
+    assert told == ["QFUSE_FUSION_LIMIT='two' is no number: it is ignored"]
 
 
 def test_unknown_names_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,12 @@ class Eager:
             node = self.call(aten.clamp.default, node, info.min, info.max)
         return self.call(prims.convert_element_type.default, node, dtype)
 
+    def output(self, node: Node, is_element: bool) -> Node:
+        """Add what a program may return of a value: what is stored as bytes would hide that it is more than a byte."""
+        if node.meta["val"].dtype in (torch.int8, torch.uint8, torch.int16):
+            node = self.call(aten.mul.Tensor, self.converted(node, torch.float32), 0.25)
+        return self.converted(node, torch.int8) if is_element else node
+
     def operands(self) -> list[Node]:
         """Add elements and values of rows, of every dtype, the ends of their ranges among them."""
         row = self.call(aten.amax.default, self.v, [-1], True)
@@ -91,11 +97,9 @@ def _read(v: Tensor, name: str) -> tuple[_Reader, dict[Node, Node]]:
                 continue  # nor does eager
             if reader.read(node) is not None:
                 continue
-            outputs[node] = node
-            if reader.is_element(node) and node.meta["val"].dtype not in (torch.int8, torch.uint8):
-                start = len(eager.graph.nodes)
-                outputs[node] = eager.converted(node, torch.int8)
-                assert all(reader.read(each) is None for each in [*eager.graph.nodes][start:])
+            start = len(eager.graph.nodes)
+            outputs[node] = eager.output(node, reader.is_element(node))
+            assert all(reader.read(each) is None for each in [*eager.graph.nodes][start:])
     return reader, outputs
 
 
