@@ -94,6 +94,11 @@ class EmulatedMM(Anchor):
         form = _checked(QLinear(node, node, activation.q, activation.dtype, w.q, k_axis))
         if isinstance(form, Decline):
             return form
+        if not form.dtype.is_floating_point:
+            if bias:
+                return Decline("addmm of integers, whose sums may wrap around", node)
+            if activation.largest * 128 * form.k > torch.iinfo(form.dtype).max:
+                return Decline(f"the zero point may be so large that sums of {form.k} products wrap around", node)
         scales = (*activation.scales, *(_of_columns(f) for f in w.scales))
         form = _with_zero_point(form.scaled(scales, node), activation, scales, constants)
         for summand in bias:

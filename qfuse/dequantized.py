@@ -29,12 +29,14 @@ class Dequantized:
 
     q: (*rows, K), of dtype `dtype`, or float with integer values in its range. dtype: int8 or uint8.
     scales, zero_point: of rows or of neither, as they broadcast against q; zero_point None where there is none.
+    largest: the absolute value that no q − zero_point exceeds, if the matmul is one of integers.
     """
 
     q: Node
     dtype: torch.dtype
     scales: Product = ()
     zero_point: Factor | None = None
+    largest: float = 255
 
 
 def dequantized(tensor: Node, axis: Axis, constants: Constants) -> Dequantized | None:
@@ -43,13 +45,14 @@ def dequantized(tensor: Node, axis: Axis, constants: Constants) -> Dequantized |
     scales: list[Factor] = []
     zero_point: Factor | None = None
     passed: list[Node] = []
+    largest = 255.0
     while True:
         passed.append(node)
         if (inner := _same_columns(node)) is not None:
             node = inner
             continue
         if fake_value(node).dtype in (torch.int8, torch.uint8):
-            return Dequantized(node, fake_value(node).dtype, tuple(scales), zero_point)
+            return Dequantized(node, fake_value(node).dtype, tuple(scales), zero_point, largest)
         match node.target, node.args:
             case prims.convert_element_type.default, (Node() as inner, _) if _widens(inner, node):
                 node = inner
@@ -71,12 +74,13 @@ def dequantized(tensor: Node, axis: Axis, constants: Constants) -> Dequantized |
                 node, scales = inner, [*scales, *(replace(f, inverse=True) for f in scale)]
             case aten.sub.Tensor, (Node() as inner, shift) if zero_point is None and not node.kwargs:
                 found = _factors(shift, inner, node, axis)
-                if found is None or len(found) != 1 or not _holds_difference(passed, shift, constants):
+                low, high = _bounds(shift, constants)
+                if found is None or len(found) != 1 or not _hold(passed, -128 - high, 255 - low):
                     return None
-                node, (zero_point,) = inner, found
+                node, (zero_point,), largest = inner, found, max(128 + high, 255 - low)
             case _:
                 dtype = _integer_dtype(node)
-                return None if dtype is None else Dequantized(node, dtype, tuple(scales), zero_point)
+                return None if dtype is None else Dequantized(node, dtype, tuple(scales), zero_point, largest)
 
 
 def _same_columns(node: Node) -> Node | None:
@@ -106,18 +110,20 @@ def _widens(inner: Node, node: Node) -> bool:
     )
 
 
-def _holds_difference(nodes: Iterable[Node], zero_point: object, constants: Constants) -> bool:
-    """Tell whether no 8-bit integer less `zero_point` leaves the integers that any of `nodes` is of."""
-    dtypes = [fake_value(node).dtype for node in nodes if fake_value(node).dtype in _INTEGERS]
-    if not dtypes:
-        return True
-    if isinstance(zero_point, Node) and zero_point in constants:
+def _bounds(operand: object, constants: Constants) -> tuple[float, float]:
+    """Return the least and the largest value that an operand may have."""
+    if isinstance(operand, Node) and operand in constants:
         with real_tensors():
-            low, high = (float(bound) for bound in constants.value(zero_point).aminmax())
-    else:
-        interval = _interval(zero_point)
-        low, high = interval.low, interval.high
-    return all(torch.iinfo(dtype).min <= -128 - high and 255 - low <= torch.iinfo(dtype).max for dtype in dtypes)
+            values = constants.value(operand).double()
+            return (values.min().item(), values.max().item()) if values.numel() else (0.0, 0.0)
+    interval = _interval(operand)
+    return interval.low, interval.high
+
+
+def _hold(nodes: Iterable[Node], low: float, high: float) -> bool:
+    """Tell whether the dtypes of those of `nodes` that are integers hold `low` and `high`."""
+    integers = [torch.iinfo(dtype) for node in nodes if (dtype := fake_value(node).dtype) in _INTEGERS]
+    return all(info.min <= low and high <= info.max for info in integers)
 
 
 def _known_branch(condition: Node, chosen: object, other: object, constants: Constants) -> Node | None:
@@ -173,15 +179,16 @@ def _interval(node: object, depth: int = 16) -> _Interval:
     if dtype in (torch.int8, torch.uint8):
         return _Interval(torch.iinfo(dtype).min, torch.iinfo(dtype).max, True)
     if dtype in WIDE_FLOATS:
-        return _unrounded_interval(node, depth).rounded(dtype)
-    if dtype in _INTEGERS and node.target is prims.convert_element_type.default:
-        of = _interval(node.args[0], depth - 1)  # truncated, to what is between the same integers
-        info = torch.iinfo(dtype)
-        return of if info.min <= of.low and of.high <= info.max else _Interval(info.min, info.max, True)
+        return _exact_interval(node, depth).rounded(dtype)
+    if dtype in _INTEGERS:
+        exact, info = _exact_interval(node, depth), torch.iinfo(dtype)
+        stays = info.min <= exact.low and exact.high <= info.max  # or it may have wrapped around, to anything
+        return _Interval(exact.low if stays else info.min, exact.high if stays else info.max, True)
     return _Interval()
 
 
-def _unrounded_interval(node: Node, depth: int) -> _Interval:
+def _exact_interval(node: Node, depth: int) -> _Interval:
+    """Bound what `node` computes, before it is rounded, truncated or wrapped to its dtype."""
     match node.target, node.args:
         case aten.round.default, (inner,):
             of = _interval(inner, depth - 1)
@@ -198,6 +205,20 @@ def _unrounded_interval(node: Node, depth: int) -> _Interval:
         case aten.add.Tensor, (a, b) if not node.kwargs:
             p, q = _interval(a, depth - 1), _interval(b, depth - 1)
             return _Interval(p.low + q.low, p.high + q.high, p.integer and q.integer)
+        case aten.sub.Tensor, (a, b) if not node.kwargs:
+            p, q = _interval(a, depth - 1), _interval(b, depth - 1)
+            return _Interval(p.low - q.high, p.high - q.low, p.integer and q.integer)
+        case aten.neg.default, (inner,):
+            of = _interval(inner, depth - 1)
+            return _Interval(-of.high, -of.low, of.integer)
+        case aten.minimum.default, (a, b):
+            p, q = _interval(a, depth - 1), _interval(b, depth - 1)
+            return _Interval(min(p.low, q.low), min(p.high, q.high), p.integer and q.integer)
+        case aten.maximum.default, (a, b):
+            p, q = _interval(a, depth - 1), _interval(b, depth - 1)
+            return _Interval(max(p.low, q.low), max(p.high, q.high), p.integer and q.integer)
+        case (aten.full.default, (_, number)) | (aten.scalar_tensor.default, (number,)):
+            return _interval(number)
         case _ if (reshaped := reshaped_input(node)) is not None:
             return _interval(reshaped, depth - 1)
     return _Interval()

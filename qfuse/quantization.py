@@ -324,6 +324,8 @@ class _Reader:
         rank = len(fake_value(inner).shape)
         if not self.is_element(inner) or [d % rank for d in dims if isinstance(d, int)] != [rank - 1]:
             return Decline(f"reduces over dimensions {list(dims)}, which are not the row", node)
+        if not fake_value(node).dtype.is_floating_point:
+            return Decline(f"reduces {fake_value(node).dtype}", node)  # the kernel does it in float32
         self._add(node, Instruction(name, fake_value(node).dtype, (self.values[inner],)), element=False)
         return None
 
@@ -349,6 +351,8 @@ class _Reader:
         if name != "convert" and not _promotes(name, nodes, dtype):
             return Decline(f"computes in {dtype} what was of another dtype", node)
         of = fake_value(nodes[0]).dtype if name in COMPARISONS else dtype
+        if name in COMPARISONS and of.is_floating_point:  # eager rounds a number first, which it does not to compute
+            operands = [o if isinstance(o, Ref) else torch.tensor(o, dtype=of).item() for o in operands]
         numbers = [o for o in operands[name == "where" :] if isinstance(o, Number)]
         if unlike := [n for n in numbers if not _holds(of, n)]:
             return Decline(f"computes in {of} with {unlike[0]}", node)

@@ -221,6 +221,18 @@ EMULATED_NEGATIVES: dict[str, tuple[Callable[..., Any], str]] = {
         lambda s, q, xs: F.linear((q.short() - (xs * 1e5).short()) * xs, _w(s)),
         "the activation is not",
     ),
+    "bias of an integer matmul": (
+        lambda s, q, xs: F.linear(q.int(), s.w.int(), s.b.int()).float() * xs * s.ws,
+        "addmm of integers",
+    ),
+    "zero point with which an integer matmul wraps around": (
+        lambda s, q, xs: ((q.int() - 1000000) @ s.w.t().int()).float() * xs * s.ws,
+        "sums of 64 products wrap around",
+    ),
+    "zero point of rows with which one may": (
+        lambda s, q, xs: ((q.int() - (xs * 1e6).int().clamp(-1000000, 1000000)) @ s.w.t().int()).float() * xs,
+        "sums of 64 products wrap around",
+    ),
     "zero point that wraps around behind it": (
         lambda s, q, xs: F.linear((q.int() - 32767).short() * xs, _w(s)),
         "the activation is not",

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("exact_casts")
 
 _ELEMENTS = (torch.float32, torch.bfloat16, torch.int8, torch.uint8, torch.int32, torch.bool)
 _ROWS = (torch.float32, torch.float64, torch.uint8, torch.int64, torch.bool)
-_NUMBERS = (3, 300, 1 << 33, 0.5, True)
+_NUMBERS = (3, 300, 1 << 33, 0.1, True)
 
 
 class Eager:
@@ -127,7 +127,7 @@ def _kind(dtype: torch.dtype) -> torch.dtype:
 
 
 def test_whatever_is_read(subtests: pytest.Subtests) -> None:
-    v = torch.tensor([-3.0, -1.0, -0.5, 0.0, 0.25, 1.0, 2.0, 4.0]).repeat(9, 9)[:, :67].bfloat16()
+    v = torch.tensor([-3.0, -1.0, -0.5, 0.0, 0.1, 1.0, 2.0, 4.0]).repeat(9, 9)[:, :67].bfloat16()
     v += torch.arange(9)[:, None] / 4
     seen: set[tuple[Any, ...]] = set()
     programs, expected = [], []
