@@ -20,6 +20,7 @@ from qfuse.normal_form import WIDE_FLOATS, Axis, Factor, Product, equal, product
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
+#: Wider than q, and narrow enough to wrap around.
 _INTEGERS = (torch.int16, torch.int32, torch.int64)
 
 

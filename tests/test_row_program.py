@@ -150,6 +150,5 @@ def test_whatever_is_read(subtests: pytest.Subtests) -> None:
 
     (results,), _ = compile_together([run], [(v,)])
     for name, result, nodes in zip(dict.fromkeys(_NAMES.values()), results, expected, strict=True):
-        print(name, len(nodes))
         with subtests.test(f"kernel of {name}"):
             _assert_equal(result, nodes)
