@@ -39,8 +39,10 @@ _PARALLEL_ELEMENTS = 1 << 14
 
 _HALVES = (torch.bfloat16, torch.float16)
 
-#: Operators whose result is one of their operands: there is nothing to round.
-_CHOICES = ("round", "minimum", "maximum", "where")
+#: Operators whose results any dtype holds that holds their operands: there is nothing to round.
+_EXACT = ("round", "minimum", "maximum", "where")
+#: Of floats, these as well; but −(−128) is no int8.
+_EXACT_FLOATS = (*_EXACT, "neg", "abs")
 
 
 @register_lowering(torch.ops.qfuse.quantize_rows.default, type_promotion_kind=None)
@@ -279,8 +281,8 @@ class _Code:
             for i, o in enumerate(one.operands)
         ]
         value = f"q::{one.op}({', '.join(operands)})"
-        is_exact = one.op in _CHOICES or (one.op in ("neg", "abs") and one.dtype.is_floating_point)
-        return value if is_exact else self._rounded(value, index, one.dtype)  # −(−128) is no int8
+        exact = _EXACT_FLOATS if one.dtype.is_floating_point else _EXACT
+        return value if one.op in exact else self._rounded(value, index, one.dtype)
 
     def _converted(self, index: int, one: Instruction) -> str:
         (operand,) = one.operands

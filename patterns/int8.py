@@ -97,7 +97,7 @@ class EmulatedMM(Anchor):
         if not form.dtype.is_floating_point:
             if bias:
                 return Decline("addmm of integers, whose sums may wrap around", node)
-            if activation.largest * 128 * form.k > torch.iinfo(form.dtype).max:
+            if not form.sums_fit(form.dtype, activation.largest):
                 return Decline(f"the zero point may be so large that sums of {form.k} products wrap around", node)
         scales = (*activation.scales, *(_of_columns(f) for f in w.scales))
         form = _with_zero_point(form.scaled(scales, node), activation, scales, constants)

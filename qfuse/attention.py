@@ -10,13 +10,12 @@ from __future__ import annotations
 import logging
 import operator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
 from qfuse import attention_op  # noqa: F401  registers the op
-from qfuse.inductor import are_equal_now, copy_origin, fake_value, is_training_graph
+from qfuse.inductor import are_equal_now, arguments_of, copy_origin, fake_value, is_training_graph
 from qfuse.normal_form import reshaped_input, same_sizes
 
 aten, ops = torch.ops.aten, torch.ops.qfuse
@@ -55,19 +54,12 @@ class Attention:
     @staticmethod
     def of(flash: Node) -> Attention:
         """Read the arguments of ATen's op; keys and values before they are repeated for the heads that share them."""
-        arguments = _arguments(flash)
+        arguments = arguments_of(flash)
         q, k, v = (arguments[name] for name in ("query", "key", "value"))
         shared_k, shared_v = _before_repetition(k), _before_repetition(v)
         if shared_k and shared_v and are_equal_now(fake_value(shared_k).shape, fake_value(shared_v).shape):
             k, v = shared_k, shared_v
         return Attention(q, k, v, arguments["attn_mask"], arguments["is_causal"], arguments["scale"])
-
-
-def _arguments(node: Node) -> dict[str, Any]:
-    """Return all arguments of an operator by name, defaults included."""
-    parameters = node.target._schema.arguments  # type: ignore[union-attr]
-    given = dict(zip([p.name for p in parameters], node.args, strict=False)) | node.kwargs
-    return {p.name: given.get(p.name, p.default_value) for p in parameters}
 
 
 def _try_to_replace(flash: Node) -> bool:
@@ -87,7 +79,7 @@ def _replace(flash: Node) -> str | None:
 
     if any(user.target is not operator.getitem or user.args[1] != 0 for user in flash.users):
         return "its logarithm of sums is used"
-    if _arguments(flash)["dropout_p"] != 0:
+    if arguments_of(flash)["dropout_p"] != 0:
         return "it has dropout"
     call = Attention.of(flash)
     if isinstance(call.scale, float) and not abs(call.scale) < _LARGEST_SCALE:

@@ -28,7 +28,7 @@ def compile_graph(
     Raises:
         RuntimeError: for a mode or an option that Inductor does not know.
     """
-    if not is_enabled():
-        return compile_like_inductor(gm, example_inputs, graph_pass=None, mode=mode, options=options)
-    keep_freed_memory()
-    return compile_like_inductor(gm, example_inputs, graph_pass=FUSION_PASS, mode=mode, options=options)
+    graph_pass = FUSION_PASS if is_enabled() else None
+    if graph_pass is not None:
+        keep_freed_memory()
+    return compile_like_inductor(gm, example_inputs, graph_pass=graph_pass, mode=mode, options=options)

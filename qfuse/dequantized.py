@@ -30,7 +30,7 @@ class Dequantized:
 
     q: (*rows, K), of dtype `dtype`, or float with integer values in its range. dtype: int8 or uint8.
     scales, zero_point: of rows or of neither, as they broadcast against q; zero_point None where there is none.
-    largest: the absolute value that no q − zero_point exceeds, if the matmul is one of integers.
+    largest: the absolute value that no q − zero_point exceeds.
     """
 
     q: Node
@@ -155,6 +155,15 @@ class _Interval:
     high: float = math.inf
     integer: bool = False
 
+    def __neg__(self) -> _Interval:
+        return _Interval(-self.high, -self.low, self.integer)
+
+    def __add__(self, other: _Interval) -> _Interval:
+        return _Interval(self.low + other.low, self.high + other.high, self.integer and other.integer)
+
+    def minimum(self, other: _Interval) -> _Interval:
+        return _Interval(min(self.low, other.low), min(self.high, other.high), self.integer and other.integer)
+
     def clamped(self, low: object, high: object) -> _Interval:
         low = -math.inf if low is None else low
         high = math.inf if high is None else high
@@ -183,8 +192,9 @@ def _interval(node: object, depth: int = 16) -> _Interval:
         return _exact_interval(node, depth).rounded(dtype)
     if dtype in _INTEGERS:
         exact, info = _exact_interval(node, depth), torch.iinfo(dtype)
-        stays = info.min <= exact.low and exact.high <= info.max  # or it may have wrapped around, to anything
-        return _Interval(exact.low if stays else info.min, exact.high if stays else info.max, True)
+        if info.min <= exact.low and exact.high <= info.max:
+            return _Interval(math.floor(exact.low), math.ceil(exact.high), True)  # truncated, if it was a float
+        return _Interval(info.min, info.max, True)  # it may have wrapped around, to anything
     return _Interval()
 
 
@@ -203,21 +213,16 @@ def _exact_interval(node: Node, depth: int) -> _Interval:
             return _interval(inner, depth - 1).clamped(*bounds, *[None] * (2 - len(bounds)))
         case prims.convert_element_type.default, (inner, _):
             return _interval(inner, depth - 1)
-        case aten.add.Tensor, (a, b) if not node.kwargs:
-            p, q = _interval(a, depth - 1), _interval(b, depth - 1)
-            return _Interval(p.low + q.low, p.high + q.high, p.integer and q.integer)
-        case aten.sub.Tensor, (a, b) if not node.kwargs:
-            p, q = _interval(a, depth - 1), _interval(b, depth - 1)
-            return _Interval(p.low - q.high, p.high - q.low, p.integer and q.integer)
         case aten.neg.default, (inner,):
-            of = _interval(inner, depth - 1)
-            return _Interval(-of.high, -of.low, of.integer)
+            return -_interval(inner, depth - 1)
+        case aten.add.Tensor, (a, b) if not node.kwargs:
+            return _interval(a, depth - 1) + _interval(b, depth - 1)
+        case aten.sub.Tensor, (a, b) if not node.kwargs:
+            return _interval(a, depth - 1) + -_interval(b, depth - 1)
         case aten.minimum.default, (a, b):
-            p, q = _interval(a, depth - 1), _interval(b, depth - 1)
-            return _Interval(min(p.low, q.low), min(p.high, q.high), p.integer and q.integer)
+            return _interval(a, depth - 1).minimum(_interval(b, depth - 1))
         case aten.maximum.default, (a, b):
-            p, q = _interval(a, depth - 1), _interval(b, depth - 1)
-            return _Interval(max(p.low, q.low), max(p.high, q.high), p.integer and q.integer)
+            return -(-_interval(a, depth - 1)).minimum(-_interval(b, depth - 1))
         case (aten.full.default, (_, number)) | (aten.scalar_tensor.default, (number,)):
             return _interval(number)
         case _ if (reshaped := reshaped_input(node)) is not None:

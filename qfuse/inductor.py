@@ -293,6 +293,13 @@ def are_equal_now(shape: Sequence[Any], other: Sequence[Any]) -> bool:
     return len(shape) == len(other) and all(guard_or_false(a == b) for a, b in zip(shape, other, strict=True))
 
 
+def arguments_of(node: Node) -> dict[str, Any]:
+    """Return all arguments of an operator by name, defaults included."""
+    parameters = node.target._schema.arguments  # type: ignore[union-attr]
+    given = dict(zip([p.name for p in parameters], node.args, strict=False)) | node.kwargs
+    return {p.name: given.get(p.name, p.default_value) for p in parameters}
+
+
 def fake_value(node: Node) -> Any:
     """Return the fake tensor (shape, dtype, strides) that `node` computes."""
     return node.meta["val"]

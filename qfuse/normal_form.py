@@ -148,8 +148,11 @@ class QLinear:
     def stays_in_int32(self) -> bool:
         """Whether Σk (x − x_zero_point) · w does, whatever the integers are."""
         x = torch.iinfo(self.x_dtype)
-        largest = max(abs(bound - self.x_zero_point) for bound in (x.min, x.max)) * 128
-        return largest * self.k <= torch.iinfo(torch.int32).max
+        return self.sums_fit(torch.int32, max(abs(bound - self.x_zero_point) for bound in (x.min, x.max)))
+
+    def sums_fit(self, dtype: torch.dtype, largest: float) -> bool:
+        """Tell whether integers of `dtype` hold each Σk d · w where no |d| exceeds `largest`, and w is int8."""
+        return largest * 128 * self.k <= torch.iinfo(dtype).max
 
     def factors(self, axis: Axis) -> Product:
         """Return the scales that vary over `axis`."""

@@ -21,7 +21,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import Target
 
 from qfuse.graph_text import operator as name_of
-from qfuse.inductor import copy_origin, fake_value
+from qfuse.inductor import arguments_of, copy_origin, fake_value
 from qfuse.match import assertions, erase_assertions
 from qfuse.normal_form import Dim, columns, equal, is_of_rows, reshaped_input, same_shape, widened_input
 from qfuse.quantize_op import quantize_rows_reference  # noqa: F401  registers the op
@@ -310,10 +310,9 @@ class _Reader:
         return self._read_pointwise(name, node, node.args[:1] if name == "convert" else node.args)
 
     def _read_clamp(self, node: Node) -> Decline | None:
-        given = dict(zip(("self", "min", "max"), node.args, strict=False)) | node.kwargs
-        source, low, high = (given.get(name) for name in ("self", "min", "max"))
-        operand: object = source
-        for name, bound in (("clamp_min", low), ("clamp_max", high)):
+        given = arguments_of(node)
+        operand: object = given["self"]
+        for name, bound in (("clamp_min", given["min"]), ("clamp_max", given["max"])):
             if bound is not None:
                 if (declined := self._read_pointwise(name, node, (operand, bound))) is not None:
                     return declined
